@@ -1,0 +1,166 @@
+"""One frozen settings tree: defaults < TOML file < environment (``SAEC_ROUTE__DEADLINE_MS=150``) < command line.
+
+Unknown keys are errors, and every field says what it means; ``saec config show`` prints the tree with these texts.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saec.errors import BadInput
+
+ENV_PREFIX = "SAEC_"
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and a key that nobody reads is an error rather than a silent no-op."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Section):
+    """Reading images."""
+
+    max_pixels: int = Field(
+        64_000_000, gt=0, description="Refuse images with more pixels than this before decoding them."
+    )
+    near_duplicate_bits: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="Images whose 256-bit difference hashes differ in at most this many bits form a group.",
+    )
+
+
+class EdgeSettings(Section):
+    """The edge detector and its machine."""
+
+    threads: int = Field(2, ge=1, description="Threads of the ONNX Runtime session.")
+
+
+class CalibrationSettings(Section):
+    """Thresholds from held-out parts."""
+
+    overkill: float = Field(0.05, gt=0, lt=1, description="Bound on the share of good parts called defect (conformal).")
+    escape: float | None = Field(
+        None, gt=0, lt=1, description="Requested bound on the escape rate; needs labelled defects."
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the escape bound.")
+    escalation: float = Field(
+        0.30, ge=0, le=1, description="Share of parts the calibrated router may send to the cloud."
+    )
+    folds: int = Field(4, ge=2, description="Cross-conformal folds over the good images.")
+
+
+class RouteSettings(Section):
+    """Routing, deadlines, and the budget of the cloud."""
+
+    mode: Literal["cascade", "edge_only", "cloud_only", "random"] = Field("cascade", description="Who is asked.")
+    random_ratio: float = Field(0.3, ge=0, le=1, description="Escalated share in random mode.")
+    seed: int = Field(2025, description="Seed of random routing.")
+    budget_share: float | None = Field(
+        None, ge=0, le=1, description="At most this share of the parts goes to the cloud."
+    )
+    budget_bytes: int | None = Field(None, ge=0, description="At most this many bytes go up in a run.")
+    budget_seconds: float | None = Field(None, ge=0, description="At most this many seconds of cloud time in a run.")
+    deadline_ms: float = Field(200.0, gt=0, description="Deadline of the local verdict, counted and reported.")
+    decode_workers: int = Field(1, ge=1, description="Threads that decode images.")
+    queue: int = Field(16, ge=1, description="Length of each bounded queue between stages.")
+
+
+class CloudSettings(Section):
+    """The client of the cloud service."""
+
+    url: str | None = Field(None, description="http(s) address of a cloud service, or none.")
+    token: str | None = Field(None, description="Bearer token of the cloud service.")
+    timeout_s: float = Field(10.0, gt=0, description="Deadline of one question, retries included.")
+    retries: int = Field(2, ge=0, description="Further tries inside the deadline.")
+    in_flight: int = Field(8, ge=1, description="Questions under way at once.")
+    breaker_failures: int = Field(5, ge=1, description="Failures in a row that open the circuit.")
+    breaker_cooldown_s: float = Field(5.0, gt=0, description="Seconds until a half-open probe.")
+    max_side: int = Field(1024, ge=64, description="Images are shrunk to this longest side before they go up.")
+    jpeg_quality: int = Field(92, ge=30, le=100, description="JPEG quality of what goes up.")
+    uplink: Literal["image", "crop"] = Field(
+        "image", description="Send the whole part, or the crop around the anomaly."
+    )
+
+
+class ServeSettings(Section):
+    """The cloud service."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8765, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    token: str | None = Field(None, description="Bearer token that clients must show; none allows loopback only.")
+    max_batch: int = Field(8, ge=1, description="Largest batch handed to the backend.")
+    max_wait_ms: float = Field(10.0, ge=0, description="Longest wait for a batch to fill.")
+    max_queue: int = Field(128, ge=1, description="Waiting questions before 429.")
+    max_body_bytes: int = Field(16_000_000, gt=0, description="Largest request body.")
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    data: DataSettings = DataSettings()
+    edge: EdgeSettings = EdgeSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    route: RouteSettings = RouteSettings()
+    cloud: CloudSettings = CloudSettings()
+    serve: ServeSettings = ServeSettings()
+
+
+def load_settings(
+    file: Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Build the tree from a TOML file, the environment and ``section.key=value`` overrides, later ones winning.
+
+    Raises:
+        BadInput: unreadable file, unknown key, or a value out of range.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        tree = _read_toml(file)
+    for name, value in sorted((os.environ if environ is None else environ).items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            section, key = name[len(ENV_PREFIX) :].lower().split("__", 1)
+            _put(tree, section, key, value, source=name)
+    for item in overrides:
+        name, eq, value = item.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not eq or not dot:
+            raise BadInput(
+                "not a setting", where=item, fix="write section.key=value, for example route.deadline_ms=150"
+            )
+        _put(tree, section, key, value, source=item)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        what = "unknown setting" if first["type"] == "extra_forbidden" else f"bad setting ({first['msg']})"
+        raise BadInput(what, where=where, fix="saec config show lists all settings") from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput("cannot read the settings file", where=file, fix=error.strerror or "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"the settings file is not TOML ({error})", where=file) from None
+
+
+def _put(tree: dict[str, Any], section: str, key: str, value: str, *, source: str) -> None:
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise BadInput("not a section", where=source, fix="saec config show lists all settings")
+    # Pydantic turns "0.5" into a number and "true" into a bool; an empty text means "none".
+    branch[key] = value if value != "" else None
