@@ -238,7 +238,10 @@ class CloudClient(Protocol):
 
 
 class CloudError(Exception):
-    """The cloud gave no usable opinion. ``reason`` is one of the fallback reasons; ``retry_after_s`` what it asked for."""
+    """The cloud gave no usable opinion.
+
+    ``reason`` is one of the fallback reasons; ``retry_after_s`` is the wait that the service asked for.
+    """
 
     def __init__(self, reason: Reason, message: str, *, retry_after_s: float | None = None) -> None:
         self.reason = reason

@@ -1,0 +1,1 @@
+"""Thresholds, temperature, conformal p-values, escape and overkill guarantees."""

@@ -1,0 +1,1 @@
+"""The cloud service, its backends, and its client."""

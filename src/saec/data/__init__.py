@@ -1,0 +1,1 @@
+"""Readers, builders, leak-proof splits and manifests."""

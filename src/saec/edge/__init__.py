@@ -1,0 +1,1 @@
+"""Edge detectors, stations, heatmaps and boxes."""

@@ -1,0 +1,1 @@
+"""Metrics, meter, baselines, benchmarks and the report."""
