@@ -101,6 +101,34 @@ class ServeSettings(Section):
     max_wait_ms: float = Field(10.0, ge=0, description="Longest wait for a batch to fill.")
     max_queue: int = Field(128, ge=1, description="Waiting questions before 429.")
     max_body_bytes: int = Field(16_000_000, gt=0, description="Largest request body.")
+    max_pixels: int = Field(16_777_216, gt=0, description="Refuse images with more pixels before decoding them.")
+    max_deadline_s: float = Field(
+        60.0, gt=0, description="Longest a question may take, and the deadline of one that names none."
+    )
+    reference_cache_bytes: int = Field(
+        256_000_000, ge=0, description="Memory for decoded reference images; the least recently used go first."
+    )
+
+
+class OpenAISettings(Section):
+    """The backend that asks an OpenAI-compatible vision endpoint such as vLLM or SGLang."""
+
+    base_url: str = Field("http://127.0.0.1:8000/v1", description="Address of the endpoint, with its /v1.")
+    model: str | None = Field(None, description="Model to ask; none takes the only one that the endpoint serves.")
+    api_key: str | None = Field(None, description="Bearer key of the endpoint.")
+    timeout_s: float = Field(30.0, gt=0, description="Longest wait for one answer of the endpoint.")
+    concurrency: int = Field(8, ge=1, description="Questions under way at the endpoint at once.")
+    tau: float = Field(0.26, ge=0, le=1, description="From this P(defect) on the model is also asked for evidence.")
+    min_label_mass: float = Field(
+        0.05, ge=0, le=1, description="Least probability on the tokens 0 and 1 together; below it, no opinion."
+    )
+    references: int = Field(1, ge=0, le=8, description="Reference images of good parts put into the prompt.")
+    max_side: int = Field(512, ge=56, description="Images are shrunk to this longest side before the model sees them.")
+    side_multiple: int = Field(
+        28, ge=1, description="Sides are rounded to this multiple, so that the engine does not resize again."
+    )
+    jpeg_quality: int = Field(95, ge=30, le=100, description="JPEG quality of what the model sees.")
+    evidence_tokens: int = Field(256, ge=16, description="Longest evidence answer, in tokens.")
 
 
 class Settings(Section):
@@ -112,6 +140,7 @@ class Settings(Section):
     route: RouteSettings = RouteSettings()
     cloud: CloudSettings = CloudSettings()
     serve: ServeSettings = ServeSettings()
+    openai: OpenAISettings = OpenAISettings()
 
 
 def load_settings(

@@ -148,7 +148,7 @@ class Route:
 class Query:
     """What is asked of the cloud about one part. ``image`` is what the cloud sees; ``region`` is the rectangle of the
     original image that it shows (``None``: all of it, possibly smaller) and ``original_size`` is (width, height) of the
-    original, so that boxes can be mapped back."""
+    original, so that boxes can be mapped back. ``anomaly_map`` covers the same rectangle as ``image``."""
 
     part_id: str
     product: str
@@ -163,13 +163,15 @@ class Query:
 @dataclass(frozen=True, slots=True)
 class Opinion:
     """The cloud's answer. Boxes in ``evidence`` are in original pixels. ``timing_ms`` holds the service's own stages;
-    ``uplink_bytes`` is filled in by the client with the bytes of the request body."""
+    ``uplink_bytes`` is filled in by the client with the bytes of the request bodies. ``diagnostics`` are figures about
+    how the answer came about, such as ``label_mass``: the probability that an LLM put on the two label tokens."""
 
     p_defect: float
     evidence: Evidence
     model_id: str
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     uplink_bytes: int = 0
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +242,14 @@ class CloudClient(Protocol):
 class CloudError(Exception):
     """The cloud gave no usable opinion.
 
-    ``reason`` is one of the fallback reasons; ``retry_after_s`` is the wait that the service asked for.
+    ``reason`` is one of the fallback reasons; ``retry_after_s`` is the wait that the service asked for;
+    ``uplink_bytes`` is what went up in vain.
     """
 
-    def __init__(self, reason: Reason, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, reason: Reason, message: str, *, retry_after_s: float | None = None, uplink_bytes: int = 0
+    ) -> None:
         self.reason = reason
         self.retry_after_s = retry_after_s
+        self.uplink_bytes = uplink_bytes
         super().__init__(message)
