@@ -1,0 +1,210 @@
+"""``summary.json`` of a run folder: every figure of a run under stable keys.
+
+A figure that was not measured is ``null`` and ``status`` says why; it is never 0. How parts enter the rates:
+
+* Rates are over *readable* parts whose truth is known. An unreadable part is neither passed nor rejected: it is left
+  out of every rate and counted in ``unreadable``: a broken camera does not move the escape rate.
+* ``auroc`` ranks the final P(defect), after the cloud has had its say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saec.errors import BadInput
+from saec.evaluate.meter import Reading, mwh_per_correct
+from saec.evaluate.metrics import (
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    clopper_pearson,
+    confusion,
+    escape_rate,
+    overkill_rate,
+    percentiles,
+)
+from saec.types import Label, Reason, Verdict, Where
+
+LOCAL_MS = "local"
+"""Key of ``Verdict.timings_ms``: milliseconds from taking the part up to its local verdict."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """What the pipeline measured. ``*_s`` are *busy* seconds: the union of the intervals in which at least one worker
+    was in that stage; ``None`` where the stage did not run. ``deadline_ms`` is the local verdict's deadline."""
+
+    wall_s: float
+    decode_s: float | None = None
+    scene_s: float | None = None
+    edge_s: float | None = None
+    cloud_s: float | None = None
+    deadline_ms: float | None = None
+
+    @property
+    def overlap(self) -> float | None:
+        """How much of the overlap that was possible did happen: 0 when the stages ran one after the other, 1 when
+        the run took as long as its longest stage alone. ``None`` with fewer than two stages."""
+        busy = [s for s in (self.decode_s, self.scene_s, self.edge_s, self.cloud_s) if s]
+        possible = sum(busy) - max(busy, default=0.0)
+        return min(1.0, max(0.0, (sum(busy) - self.wall_s) / possible)) if possible > 0 else None
+
+
+def summarise(
+    verdicts: Sequence[Verdict],
+    *,
+    stats: RunTimes | None = None,
+    meter: Reading | None = None,
+    models: Mapping[str, str] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the summary of a run as plain JSON types, keys as in the design's contract.
+
+    ``models`` defaults to the union of the verdicts' own. Intervals are Clopper–Pearson at 95 %.
+    """
+    figures = _figures(verdicts)
+    counts = figures["confusion"]
+    correct = counts["tp"] + counts["tn"] if figures["labelled"] else None
+    by_product: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        by_product[verdict.product].append(verdict)
+    latencies = [ms for v in verdicts if (ms := v.timings_ms.get(LOCAL_MS)) is not None]
+    deadline_ms = stats.deadline_ms if stats else None
+    late = sum(ms > deadline_ms for ms in latencies) if latencies and deadline_ms is not None else None
+    summary: dict[str, Any] = {
+        **figures,
+        "per_product": {
+            name: _figures(by_product[name]) | {"routing": _routing(by_product[name])} for name in sorted(by_product)
+        },
+        "routing": _routing(verdicts),
+        "time": {
+            "wall_s": stats.wall_s if stats else None,
+            "decode_s": stats.decode_s if stats else None,
+            "scene_s": stats.scene_s if stats else None,
+            "edge_s": stats.edge_s if stats else None,
+            "cloud_s": stats.cloud_s if stats else None,
+            "overlap": stats.overlap if stats else None,
+        },
+        "latency_ms": percentiles(latencies) or {"p50": None, "p90": None, "p99": None},
+        "deadline": {"ms": deadline_ms, "late": late},
+        "uplink_bytes": sum(v.uplink_bytes for v in verdicts),
+        "energy": _energy(meter, correct),
+        "memory": {
+            "rss_mean_mb": meter.rss_mean_mb if meter else None,
+            "rss_peak_mb": meter.rss_peak_mb if meter else None,
+        },
+        "machine": {
+            "cpu_s": meter.cpu_s if meter else None,
+            "gpu_utilisation": meter.gpu_utilisation if meter else None,
+            "gpu_w": meter.gpu_w if meter else None,
+        },
+        "models": dict(models if models is not None else _models(verdicts)),
+        "calibration": dict(calibration or {}),
+    }
+    return summary | {"status": _status(summary)}
+
+
+def write_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Write ``summary.json``: whole or not at all.
+
+    Raises:
+        BadInput: the folder cannot be written, for example because the disk is full.
+    """
+    write_atomically(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` (UTF-8): after a power cut there is the old file or the new one, nothing between.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadInput(f"cannot write ({error.strerror})", where=path, fix="check the folder and free space") from None
+
+
+def _figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    readable = [v for v in verdicts if v.label is not Label.UNREADABLE]
+    labelled = [v for v in readable if v.truth in (Label.GOOD, Label.DEFECT)]
+    ranked = [(v.p_defect, v.truth is Label.DEFECT) for v in labelled if v.p_defect is not None]
+    c = confusion([v.label is Label.DEFECT for v in labelled], [v.truth is Label.DEFECT for v in labelled])
+    return {
+        "n": len(verdicts),
+        "labelled": len(labelled),
+        "unreadable": len(verdicts) - len(readable),
+        "accuracy": accuracy(c),
+        "balanced_accuracy": balanced_accuracy(c),
+        "auroc": auroc([p for p, _ in ranked], [t for _, t in ranked]),
+        "escape_rate": escape_rate(c),
+        "overkill_rate": overkill_rate(c),
+        "confusion": asdict(c) if c.n else dict.fromkeys(("tp", "fp", "tn", "fn")),
+        "intervals": {
+            "method": "Clopper-Pearson",
+            "confidence": CONFIDENCE,
+            "accuracy": _interval(c.correct, c.n),
+            "escape_rate": _interval(c.fn, c.defects),
+            "overkill_rate": _interval(c.fp, c.goods),
+        },
+    }
+
+
+def _interval(k: int, n: int) -> list[float] | None:
+    bounds = clopper_pearson(k, n, CONFIDENCE)
+    return None if bounds is None else list(bounds)
+
+
+def _routing(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    where, reasons = Counter(v.where for v in verdicts), Counter(v.reason for v in verdicts)
+    return {w.value: where[w] for w in Where} | {"reasons": {r.value: reasons[r] for r in Reason if reasons[r]}}
+
+
+def _energy(meter: Reading | None, correct: int | None) -> dict[str, Any]:
+    if meter is None:
+        return {"status": "unavailable", "joules": None, "mwh_per_correct": None, "detail": "no meter was running"}
+    return {
+        "status": meter.energy.status,
+        "joules": meter.energy.joules,
+        "mwh_per_correct": mwh_per_correct(meter.energy.joules, correct),
+        "detail": meter.energy.detail,
+    }
+
+
+def _models(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    seen: dict[str, set[str]] = defaultdict(set)
+    for verdict in verdicts:
+        for role, model in verdict.models.items():
+            seen[role].add(model)
+    return {role: ", ".join(sorted(models)) for role, models in sorted(seen.items())}
+
+
+def _status(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Why each figure is null; figures that were measured have no entry."""
+    why: dict[str, str] = {}
+    for key in ("accuracy", "balanced_accuracy", "auroc", "escape_rate", "overkill_rate"):
+        if summary[key] is None:
+            why[key] = "no part with known truth" if not summary["labelled"] else "one class is missing"
+    if summary["time"]["wall_s"] is None:
+        why["time"] = "the pipeline's times were not recorded"
+    if summary["latency_ms"]["p50"] is None:
+        why["latency_ms"] = "no part carries a local latency"
+    if summary["memory"]["rss_mean_mb"] is None:
+        why["memory"] = "no meter was running"
+    if summary["energy"]["joules"] is None:
+        why["energy"] = summary["energy"]["detail"]
+    return why
