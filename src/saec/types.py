@@ -180,7 +180,8 @@ class Verdict:
 
     ``label`` and ``p_defect`` are final; ``edge_*`` and ``cloud_*`` keep what each arm said. ``amended_by`` is the
     model id that changed or confirmed the local verdict, or ``None``. ``error`` says why an image was unreadable or why
-    the cloud fell back. ``truth`` is the ground-truth label when it is known.
+    the cloud fell back. ``truth`` is the ground-truth label when it is known. ``escalated_for`` keeps why the cloud was
+    wanted where ``reason`` had to say something else (a fallback, a spent budget, no cloud); ``None``: it was not wanted.
     """
 
     part_id: str
@@ -203,6 +204,7 @@ class Verdict:
     amended_by: str | None = None
     error: str | None = None
     truth: Label | None = None
+    escalated_for: Reason | None = None
 
 
 class Detector(Protocol):
