@@ -1,0 +1,160 @@
+"""The cloud service as an app and as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from saec.cloud.endpoints import Endpoints
+from saec.cloud.transport import is_loopback
+from saec.cloud.wire import encode_problem
+from saec.config import ServeSettings
+from saec.errors import BadInput, SaecError
+from saec.types import Backend
+
+logger = logging.getLogger(__name__)
+
+Started = Callable[[Exception | None], None]
+
+# Longer than the client keeps an idle connection, so that it never writes into one that is just being closed.
+_KEEP_ALIVE_S = 30
+
+
+def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started | None = None) -> FastAPI:
+    """Return the service as an ASGI app around one backend.
+
+    ``POST /v1/judge``, ``PUT /v1/references/{sha256}``, ``GET /v1/model``, ``GET /healthz``, ``GET /metrics``. Starting
+    the app runs the backend's ``warm_up()`` if it has one; until that is done, questions get 503. ``on_started`` is
+    then called once, with ``None`` or with what went wrong. Refusals are JSON ``{"error", "fix"}``. An app serves once:
+    after its shutdown, build another.
+    """
+    endpoints = Endpoints(backend, settings)
+
+    async def start() -> None:
+        failure: Exception | None = None
+        try:
+            await endpoints.warm_up()
+        except Exception as error:  # a model may fail in any way; /healthz and the caller must hear of it
+            logger.exception("the backend did not start")
+            endpoints.status, failure = "failed", error
+        if on_started is not None:
+            on_started(failure)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        endpoints.batcher.start()
+        starting = asyncio.create_task(start())
+        yield
+        endpoints.status = "draining"
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await endpoints.batcher.drain(settings.max_deadline_s)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_api_route("/v1/judge", endpoints.judge, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/references/{sha256}", endpoints.put_reference, methods=["PUT"], response_model=None)
+    app.add_api_route("/v1/model", endpoints.model, methods=["GET"], response_model=None)
+    app.add_api_route("/healthz", endpoints.health, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", endpoints.metrics, methods=["GET"], response_model=None)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    return app
+
+
+def serve(backend: Backend, settings: ServeSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the questions at hand and return.
+
+    One process, one event loop. ``on_ready`` gets the actual address, such as ``http://127.0.0.1:40913`` for port 0,
+    once the backend is warm.
+
+    Raises:
+        BadInput: an address that may not or cannot be bound, or a backend that does not start.
+    """
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    failures: list[Exception] = []
+
+    def started(failure: Exception | None) -> None:
+        if failure is not None:
+            failures.append(failure)
+            server.should_exit = True
+        elif on_ready is not None:
+            on_ready(url)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(backend, settings, on_started=started),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(settings.max_deadline_s),
+        )
+    )
+    with listener, _signals_only_stop():
+        server.run(sockets=[listener])
+    if failures:
+        if isinstance(failures[0], SaecError):
+            raise failures[0]
+        what = f"the backend does not start ({type(failures[0]).__name__}: {failures[0]})"
+        raise BadInput(what, where=backend.model_id) from failures[0]
+
+
+def ready_file(path: Path) -> Callable[[str], None]:
+    """Return an ``on_ready`` that writes ``{"url": …}`` to ``path``; a reader never sees half of it."""
+
+    def write(url: str) -> None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"url": url}) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    return write
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    text = encode_problem(f"{request.method} {request.url.path} is not served", "POST /v1/judge")
+    return Response(text, status_code=status, media_type="application/json")
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    if settings.token is None and not is_loopback(settings.host):
+        fix = "set serve.token, or serve.host=127.0.0.1"
+        raise BadInput("without a token only loopback addresses are served", where=settings.host, fix=fix)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise BadInput(f"cannot listen ({error.strerror or error})", where=where, fix="choose another port") from None
+
+
+@contextmanager
+def _signals_only_stop() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the serving, but not the process in the middle of what follows.
+
+    Uvicorn raises the signal again after its own shutdown; under these handlers that is harmless: ``serve`` returns.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
