@@ -31,10 +31,11 @@ class DataSettings(Section):
         64_000_000, gt=0, description="Refuse images with more pixels than this before decoding them."
     )
     near_duplicate_bits: int = Field(
-        2,
+        24,
         ge=0,
-        le=16,
-        description="Images whose 256-bit difference hashes differ in at most this many bits form a group.",
+        le=128,
+        description="Images whose 256-bit difference hashes differ in at most this many bits, and whose thumbnails "
+        "agree up to gain and offset, form a group.",
     )
 
 
