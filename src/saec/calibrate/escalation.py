@@ -47,7 +47,8 @@ def place(
     that tie at a limit stay at the edge together.
     """
     budget = math.floor(share * p_defect.size + 1e-9)
-    tau_scene = -_cut(-scene, math.floor(scene_fraction * budget + 1e-9))
+    # All of them: the lowest score rather than -inf, which no threshold may be.
+    tau_scene = max(-_cut(-scene, math.floor(scene_fraction * budget + 1e-9)), float(scene.min(initial=math.inf)))
     complex_ = scene >= tau_scene
     radius = _cut(uncertainty(p_defect, base.tau_edge, tilt=tilt)[~complex_], budget - int(complex_.sum()))
     return _with_band(replace(base, tau_scene=tau_scene), radius, tilt)
