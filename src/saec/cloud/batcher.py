@@ -176,6 +176,7 @@ class Batcher(Generic[Q, A]):
             await asyncio.gather(self._loop_task, return_exceptions=True)
         for entry in left:
             _fail(entry, Draining())
+        self._idle.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _serve(self) -> None:

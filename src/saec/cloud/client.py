@@ -74,8 +74,7 @@ class HttpCloudClient:
         deadline = begun + deadline_s
         tally = Tally()
         try:
-            references = {each.sha256: each for each in map(self._reference, query.references)}
-            body = self._encode(query, list(references))
+            references, body = self._encode(query)
             encoded = time.monotonic()
             self._upload(references.values(), deadline, tally)
             reply = self._ask(body, deadline, tally)
@@ -95,12 +94,13 @@ class HttpCloudClient:
         """Close the pooled connections."""
         self._uplink.close()
 
-    def _encode(self, query: Query, references: list[str]) -> bytes:
+    def _encode(self, query: Query) -> tuple[dict[str, _Reference], bytes]:
+        """Return the question's reference images by name, and its body."""
+        side, quality = self._settings.max_side, self._settings.jpeg_quality
         try:
-            return wire.encode_question(
-                query, references, max_side=self._settings.max_side, jpeg_quality=self._settings.jpeg_quality
-            )
-        except wire.WireError as error:
+            references = {each.sha256: each for each in map(self._reference, query.references)}
+            return references, wire.encode_question(query, list(references), max_side=side, jpeg_quality=quality)
+        except ValueError as error:
             raise CloudError(Reason.CLOUD_REFUSED, f"this part cannot be put to the cloud ({error})") from None
 
     def _ask(self, body: bytes, deadline: float, tally: Tally) -> Reply:

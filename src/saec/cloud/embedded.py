@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from saec.cloud import wire
+from saec.cloud.backend import warm_up
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 
@@ -23,16 +24,18 @@ class _Waiting:
 class EmbeddedClient:
     """Asks a backend directly: no service, no JPEG, no uplink (``uplink_bytes`` is 0).
 
-    Thread-safe. The backend runs in one thread of its own; what has gathered while it worked goes to it as one batch.
+    Thread-safe. The backend is warmed up first and runs in one thread of its own; what has gathered while it worked
+    goes to it as one batch.
     """
 
     def __init__(self, backend: Backend, *, max_batch: int = 8) -> None:
-        self.model_id = backend.model_id
         self._backend = backend
         self._max_batch = max_batch
         self._waiting: deque[_Waiting] = deque()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saec-embedded-backend")
+        self._thread.submit(warm_up, backend).result()
+        self.model_id = backend.model_id
 
     def judge(self, query: Query, *, deadline_s: float) -> Opinion:
         """Return the backend's opinion within ``deadline_s`` seconds.

@@ -16,12 +16,13 @@ from starlette.responses import Response
 
 from saec import __version__
 from saec.cloud import wire
+from saec.cloud.backend import warm_up
 from saec.cloud.batcher import Batcher, Draining, Expired, Overloaded, WorkFailed
 from saec.cloud.body import Body, ClientGone, TooLarge
-from saec.cloud.images import UnusableImage, decode_image
 from saec.cloud.metrics import Metrics
 from saec.cloud.references import ReferenceStore
 from saec.config import ServeSettings
+from saec.data.decode import UnreadableImage, decode_image
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,7 @@ class Endpoints:
 
     async def warm_up(self) -> None:
         """Run the backend's own ``warm_up()``, where it has one, in its thread; questions are welcome afterwards."""
-        warm_up = getattr(self._backend, "warm_up", None)
-        if warm_up is not None:
-            await self.batcher.in_work_thread(warm_up)
+        await self.batcher.in_work_thread(lambda: warm_up(self._backend))
         self.status = "ready"
 
     async def _answer(self, request: Request, handle: Callable[[Request, Body], Awaitable[Response]]) -> Response:
@@ -179,7 +178,7 @@ class Endpoints:
             name = hashlib.sha256(data).hexdigest()
             if name != request.path_params["sha256"]:
                 raise Problem(422, "the image does not have this hash", "use the SHA-256 of the bytes as its name")
-            image = await asyncio.to_thread(decode_image, data, max_pixels=self._settings.max_pixels)
+            image = await asyncio.to_thread(decode_image, bytes(data), name=name, max_pixels=self._settings.max_pixels)
             self._references.put(name, image)
         return Response(status_code=204)
 
@@ -211,8 +210,8 @@ def _problem(error: Exception, settings: ServeSettings) -> Problem:
             return error
         case TooLarge():
             return Problem(413, f"the body exceeds {settings.max_body_bytes} bytes", "send a smaller image")
-        case wire.WireError() | UnusableImage():
-            return Problem(422, str(error), "send a readable JPEG or PNG in the documented form")
+        case wire.WireError() | UnreadableImage():
+            return Problem(422, str(error), "send a readable image in the documented form")
         case Overloaded(retry_after_s=wait):
             return Problem(429, str(error), "ask again later", retry_after_s=wait)
         case Expired() | TimeoutError():

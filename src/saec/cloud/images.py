@@ -1,4 +1,4 @@
-"""How images travel: shrink, JPEG out, checked JPEG or PNG in.
+"""How images travel: shrunk, as JPEG. :func:`saec.data.decode.decode_image` is the other end.
 
 Quality rule of the uplink: an image is shrunk to the longest side ``max_side`` (area averaging, aspect ratio kept,
 never enlarged) and coded as JPEG with the given quality, full chroma resolution (4:4:4) so that thin coloured
@@ -7,22 +7,22 @@ scratches survive; an image whose three channels are equal goes as a one-channel
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image as Pillow
 
 from saec.types import Image
 
 
-class UnusableImage(ValueError):
-    """The bytes are not an image that this service reads; the message says why."""
-
-
 def shrink(image: Image, max_side: int) -> Image:
-    """Return the image with its longest side at most ``max_side`` pixels; the same array if it already fits."""
+    """Return the image with its longest side at most ``max_side`` pixels; the same array if it already fits.
+
+    Raises:
+        ValueError: not a [H, W, 3] image with pixels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"an image must be [height, width, 3], not {image.shape}")
     height, width = image.shape[:2]
     scale = max_side / max(height, width)
     if scale >= 1:
@@ -42,7 +42,11 @@ def is_grey(image: Image) -> bool:
 
 
 def encode_jpeg(image: Image, quality: int) -> bytes:
-    """Return the JPEG of a [H, W, 3] BGR image: one channel if it is grey, else 4:4:4."""
+    """Return the JPEG of a [H, W, 3] BGR image: one channel if it is grey, else 4:4:4.
+
+    Raises:
+        ValueError: an image that cannot be JPEG, such as one without pixels.
+    """
     flags: Sequence[int] = (
         cv2.IMWRITE_JPEG_QUALITY,
         quality,
@@ -52,34 +56,5 @@ def encode_jpeg(image: Image, quality: int) -> bytes:
     source = image[..., 0] if is_grey(image) else image
     done, coded = cv2.imencode(".jpg", source, flags)
     if not done:
-        raise UnusableImage(f"cannot code an image of shape {image.shape} as JPEG")
+        raise ValueError(f"cannot code an image of shape {image.shape} as JPEG")
     return coded.tobytes()
-
-
-def decode_image(data: bytes | bytearray | memoryview, *, max_pixels: int) -> Image:
-    """Return the [H, W, 3] BGR image in JPEG or PNG bytes.
-
-    The size is read from the header and checked before a pixel is decoded. A truncated or damaged file is an error, not
-    a half-grey image: Pillow refuses it where some OpenCV versions do not.
-
-    Raises:
-        UnusableImage: not JPEG or PNG, damaged, or more than ``max_pixels`` pixels.
-    """
-    try:
-        with Pillow.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise UnusableImage(f"{width} x {height} pixels are more than the allowed {max_pixels}")
-            if opened.mode == "L":
-                return _bgr(np.asarray(opened), cv2.COLOR_GRAY2BGR)
-            return _bgr(np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB")), cv2.COLOR_RGB2BGR)
-    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
-        raise UnusableImage(str(error)) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # all of these come out of Pillow's parsers
-        if isinstance(error, UnusableImage):
-            raise
-        raise UnusableImage(f"not a readable JPEG or PNG ({error})") from None
-
-
-def _bgr(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], conversion: int) -> Image:
-    return np.asarray(cv2.cvtColor(pixels, conversion), dtype=np.uint8)

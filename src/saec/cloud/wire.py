@@ -1,8 +1,9 @@
 """The wire format between edge and cloud: one question in, one opinion out. Version 1.
 
 A question is one body: ``SAEC``, a version byte, the header's length (unsigned 32 bit, big-endian), the header as JSON,
-then the binary parts that the header lists, in order: the image (JPEG or PNG) and, if there is one, the anomaly map
-(quantised to 8 bits between its own minimum and maximum, then zstd). Nothing is base64, so nothing grows by a third.
+then the binary parts that the header lists, in order: the image (any format that :mod:`saec.data.decode` reads; JPEG
+from our client) and, if there is one, the anomaly map (quantised to 8 bits between its own minimum and maximum, then
+zstd). Nothing is base64, so nothing grows by a third.
 Reference images are named by the SHA-256 of their JPEG and travel once, by ``PUT /v1/references/{sha256}``.
 The deadline travels as a header in milliseconds *left*, so that no clocks need to agree.
 
@@ -23,7 +24,8 @@ import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saec.cloud.images import UnusableImage, decode_image, encode_jpeg, shrink
+from saec.cloud.images import encode_jpeg, shrink
+from saec.data.decode import UnreadableImage, decode_image
 from saec.types import Box, Evidence, Heatmap, Image, Opinion, Query
 
 CONTENT_TYPE = "application/x-saec-question"
@@ -127,9 +129,10 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
     Raises:
         WireError: a query outside the format's limits, such as a map that is not finite.
     """
-    if query.image.ndim != 3 or query.image.shape[2] != 3 or query.image.size == 0:
-        raise WireError(f"an image must be [height, width, 3], not {query.image.shape}")
-    image = encode_jpeg(shrink(query.image, max_side), jpeg_quality)
+    try:
+        image = encode_jpeg(shrink(query.image, max_side), jpeg_quality)
+    except ValueError as error:
+        raise WireError(str(error)) from None
     map_part, map_bytes = _pack_map(query.anomaly_map) if query.anomaly_map is not None else (None, b"")
     region = query.region
     try:
@@ -171,9 +174,9 @@ class Question:
         """
         head = self.header
         try:
-            image = decode_image(self.image, max_pixels=max_pixels)
-        except UnusableImage as error:
-            raise WireError(f"the image: {error}") from None
+            image = decode_image(bytes(self.image), name=head.part_id, max_pixels=max_pixels)
+        except UnreadableImage as error:
+            raise WireError(f"the image {error.why}") from None
         return Query(
             part_id=head.part_id,
             product=head.product,
@@ -255,8 +258,8 @@ def encode_problem(error: str, fix: str, **more: object) -> bytes:
 
 
 def _body(opinion: Opinion, original_size: tuple[int, int]) -> _OpinionBody:
-    evidence = opinion.evidence
     try:
+        evidence = opinion.evidence
         body = _OpinionBody(
             p_defect=float(opinion.p_defect),
             model_id=opinion.model_id,

@@ -1,0 +1,157 @@
+"""Reading what an OpenAI-compatible model answered: P(defect) from first-token log-probabilities, JSON evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from saec.cloud.geometry import to_original
+from saec.cloud.prompt import KINDS
+from saec.types import Evidence, Query
+
+_SPACES = " \t\r\n▁Ġ"
+"""What tokenizers glue to the front of a word, in plain text and in their own alphabets."""
+
+
+class UnusableAnswer(ValueError):
+    """The model answered, but not with what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelAnswer:
+    """P(defect) among the two labels, and ``mass``: the probability of the two labels among all tokens."""
+
+    p_defect: float
+    mass: float
+
+
+class _Lenient(BaseModel):
+    # Servers add fields of their own; only what is read here is checked.
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class _Candidate(_Lenient):
+    token: str
+    logprob: Annotated[float, Field(le=1e-3)]
+
+
+class _First(_Candidate):
+    top_logprobs: list[_Candidate]
+
+
+class _LogProbs(_Lenient):
+    content: Annotated[list[_First], Field(min_length=1)]
+
+
+class _LabelChoice(_Lenient):
+    logprobs: _LogProbs
+
+
+class _LabelReply(_Lenient):
+    choices: Annotated[list[_LabelChoice], Field(min_length=1)]
+
+
+class _Message(_Lenient):
+    content: str
+
+
+class _TextChoice(_Lenient):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _TextReply(_Lenient):
+    choices: Annotated[list[_TextChoice], Field(min_length=1)]
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+    return kind
+
+
+class _Evidence(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Annotated[str, AfterValidator(_known)]
+    bboxes: Annotated[list[tuple[float, float, float, float]], Field(max_length=16)]
+    desc: Annotated[str, Field(max_length=2000)]
+
+
+class _Model(_Lenient):
+    id: str
+
+
+class _Models(_Lenient):
+    data: list[_Model]
+
+
+def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
+    """Return P(defect) from a chat completion with the log-probabilities of its first token.
+
+    P("0") and P("1") are sums over the tokens that spell the digit, such as ``1`` and ``·1``; P(defect) is
+    P("1") / (P("0") + P("1")). A label that is not among the reported tokens counts as 0.
+
+    Raises:
+        UnusableAnswer: no log-probabilities, neither label among them, or both together below ``min_mass``.
+    """
+    try:
+        first = _LabelReply.model_validate_json(body).choices[0].logprobs.content[0]
+    except ValidationError as error:
+        raise UnusableAnswer(f"no first-token log-probabilities ({_brief(error)})") from None
+    # Keyed by token: servers differ in whether the chosen token is repeated among the top ones.
+    found = {each.token: each.logprob for each in (first, *first.top_logprobs)}
+    good, defect = (
+        math.fsum(math.exp(logprob) for token, logprob in found.items() if token.strip(_SPACES) == label)
+        for label in ("0", "1")
+    )
+    mass = good + defect
+    if mass == 0:
+        raise UnusableAnswer(f"neither 0 nor 1 is among the likely first tokens {_quoted(list(found))}")
+    if mass < min_mass:
+        raise UnusableAnswer(f"0 and 1 have only {mass:.2g} of the probability, {_quoted(list(found))} the rest")
+    return LabelAnswer(p_defect=defect / mass, mass=min(1.0, mass))
+
+
+def read_evidence(body: bytes, seen: tuple[int, int], query: Query, *, source: str) -> Evidence:
+    """Return the evidence in a chat completion; boxes in pixels of the image ``seen`` are mapped to the original.
+
+    Raises:
+        UnusableAnswer: cut off, not JSON of the asked form, or a box that is not inside the image.
+    """
+    try:
+        choice = _TextReply.model_validate_json(body).choices[0]
+        if choice.finish_reason == "length":
+            raise UnusableAnswer("the answer was cut off")
+        found = _Evidence.model_validate_json(choice.message.content)
+        boxes = tuple(to_original(corners, seen, query) for corners in found.bboxes)
+    except ValidationError as error:
+        raise UnusableAnswer(f"not the asked JSON ({_brief(error)})") from None
+    except ValueError as error:  # of to_original
+        raise UnusableAnswer(str(error)) from None
+    return Evidence(boxes=boxes, kind=found.kind, text=found.desc.strip() or None, source=source)
+
+
+def read_models(body: bytes) -> list[str]:
+    """Return the model names in the answer of ``/v1/models``.
+
+    Raises:
+        UnusableAnswer: not such a list.
+    """
+    try:
+        return [model.id for model in _Models.model_validate_json(body).data]
+    except ValidationError as error:
+        raise UnusableAnswer(f"not a list of models ({_brief(error)})") from None
+
+
+def _brief(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(step) for step in first['loc']) or 'answer'}: {first['msg']}"
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    return ", ".join(repr(token) for token in tokens[:5])

@@ -1,0 +1,134 @@
+"""The ``openai`` backend: any OpenAI-compatible vision endpoint, such as vLLM or SGLang.
+
+One request decides: a single token with its log-probabilities (SAEC §3). Parts whose P(defect) reaches ``tau`` get a
+second one, which asks for boxes, kind and a sentence under a JSON schema. Failing to get evidence never changes the
+verdict: it is said in ``Evidence.text``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from saec.cloud.answers import LabelAnswer, UnusableAnswer, read_evidence, read_label, read_models
+from saec.cloud.prompt import EVIDENCE_SCHEMA, VERSION, Messages, Prompt, build_prompt
+from saec.cloud.transport import Reply, Uplink
+from saec.config import OpenAISettings
+from saec.errors import BadInput
+from saec.types import CloudError, Evidence, Opinion, Query, Reason
+
+_TOP_LOGPROBS = 20
+_PROBE_S = 5.0
+
+
+class OpenAIBackend:
+    """Asks an OpenAI-compatible endpoint, several parts of a batch at once.
+
+    ``model_id`` is the model's name and the version of the prompt, such as ``Qwen/Qwen2.5-VL-7B-Instruct+p1``.
+    ``Opinion.diagnostics`` holds ``label_mass``, the probability of the tokens 0 and 1 together. A part that the
+    endpoint does not answer fails alone, with a :class:`~saec.types.CloudError` that says why.
+    """
+
+    def __init__(self, settings: OpenAISettings, *, transport: httpx.BaseTransport | None = None) -> None:
+        self._settings = settings
+        self._model = settings.model
+        self.model_id = _model_id(settings.model)
+        self._uplink = Uplink(
+            settings.base_url, token=settings.api_key, connections=settings.concurrency, transport=transport
+        )
+        self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="saec-openai")
+
+    def warm_up(self) -> None:
+        """Check that the endpoint answers and serves the model; take its only model if none was named.
+
+        Raises:
+            BadInput: no answer, a refused key, or a model that is not there.
+        """
+        where = self._settings.base_url
+        try:
+            reply = self._uplink.request("GET", "/models", deadline=time.monotonic() + _PROBE_S)
+            served = read_models(_accepted(reply).body)
+        except (CloudError, UnusableAnswer) as error:
+            fix = "check openai.base_url (it ends in /v1) and openai.api_key"
+            raise BadInput(f"the model endpoint cannot be used ({error})", where=where, fix=fix) from None
+        if self._model is None and len(served) == 1:
+            self._model = served[0]
+            self.model_id = _model_id(self._model)
+        if self._model not in served:
+            what = "the endpoint serves several models" if self._model is None else f"there is no model {self._model}"
+            raise BadInput(what, where=where, fix=f"set openai.model to one of: {', '.join(served)}")
+
+    def judge(self, queries: Sequence[Query]) -> list[Opinion | Exception]:
+        """Return an opinion or a :class:`~saec.types.CloudError` for each query, in order."""
+        return list(self._threads.map(self._judge_one, queries))
+
+    def close(self) -> None:
+        """Close threads and connections."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._uplink.close()
+
+    def _judge_one(self, query: Query) -> Opinion | Exception:
+        begun = time.monotonic()
+        try:
+            prompt = build_prompt(query, self._settings)
+            built = time.monotonic()
+            label = self._label(prompt)
+            decided = time.monotonic()
+            timing_ms = {"prompt": (built - begun) * 1e3, "label": (decided - built) * 1e3}
+            evidence = Evidence(source=self.model_id)
+            if label.p_defect >= self._settings.tau:
+                evidence = self._evidence(prompt, query)
+                timing_ms["evidence"] = (time.monotonic() - decided) * 1e3
+        except CloudError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
+            return error
+        return Opinion(label.p_defect, evidence, self.model_id, timing_ms, diagnostics={"label_mass": label.mass})
+
+    def _label(self, prompt: Prompt) -> LabelAnswer:
+        reply = self._ask(prompt.label_question(), {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS})
+        try:
+            return read_label(reply.body, min_mass=self._settings.min_label_mass)
+        except UnusableAnswer as error:
+            raise CloudError(Reason.CLOUD_BAD_ANSWER, f"{self.model_id}: {error}") from None
+
+    def _evidence(self, prompt: Prompt, query: Query) -> Evidence:
+        schema = {"name": "evidence", "strict": True, "schema": EVIDENCE_SCHEMA}
+        options = {
+            "max_tokens": self._settings.evidence_tokens,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+        try:
+            reply = self._ask(prompt.evidence_question(), options)
+            return read_evidence(reply.body, prompt.seen, query, source=self.model_id)
+        except (CloudError, UnusableAnswer) as error:
+            return Evidence(text=f"no evidence: {error}"[:2000], source=self.model_id)
+
+    def _ask(self, messages: Messages, options: dict[str, Any]) -> Reply:
+        question = {"model": self._model, "messages": messages, "temperature": 0, **options}
+        deadline = time.monotonic() + self._settings.timeout_s
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps(question).encode()
+        return _accepted(
+            self._uplink.request("POST", "/chat/completions", deadline=deadline, body=body, headers=headers)
+        )
+
+
+def _model_id(model: str | None) -> str:
+    return f"{model or 'openai'}+{VERSION}"
+
+
+def _accepted(reply: Reply) -> Reply:
+    """Return the reply if its status is 200, else raise what another status means."""
+    if reply.status == 200:
+        return reply
+    detail = " ".join(reply.body[:300].decode("utf-8", "replace").split())
+    message = f"the endpoint answered {reply.status} ({detail})"
+    if reply.status in (429, 503):
+        raise CloudError(Reason.CLOUD_REFUSED, message, retry_after_s=reply.retry_after_s)
+    raise CloudError(Reason.CLOUD_TIMEOUT if reply.status in (408, 504) else Reason.CLOUD_BAD_ANSWER, message)
