@@ -148,7 +148,8 @@ class Route:
 class Query:
     """What is asked of the cloud about one part. ``image`` is what the cloud sees; ``region`` is the rectangle of the
     original image that it shows (``None``: all of it, possibly smaller) and ``original_size`` is (width, height) of the
-    original, so that boxes can be mapped back. ``anomaly_map`` covers the same rectangle as ``image``."""
+    original, so that boxes can be mapped back. ``anomaly_map`` covers the whole original, also when
+    ``image`` is a crop of it."""
 
     part_id: str
     product: str
