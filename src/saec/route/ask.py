@@ -43,14 +43,16 @@ class Asker:
         clock: Callable[[], float],
         wait: Callable[[float], bool],
         rng: random.Random,
+        busy: BusyMeter,
     ) -> None:
-        """``clock`` gives monotonic seconds; ``wait(seconds)`` sleeps and returns whether the run is stopping."""
+        """``clock`` gives monotonic seconds; ``wait(seconds)`` sleeps and returns whether the run is stopping; ``busy``
+        measures the time spent waiting for answers."""
         self._client = client
         self._settings = settings
         self._clock = clock
         self._wait = wait
         self._rng = rng
-        self.busy = BusyMeter(clock)
+        self._busy = busy
         self.breaker = CircuitBreaker(
             failures=settings.breaker_failures, cooldown_s=settings.breaker_cooldown_s, clock=clock
         )
@@ -84,11 +86,11 @@ class Asker:
     def _judge(self, query: Query, deadline_s: float) -> Opinion:
         """One try. A client that breaks its contract is a wrong answer, not the end of the run."""
         try:
-            with self.busy:
+            with self._busy:
                 opinion = self._client.judge(query, deadline_s=deadline_s)
         except CloudError:
             raise
-        except Exception as error:  # noqa: BLE001 - recorded as the verdict's error text
+        except Exception as error:
             raise CloudError(Reason.CLOUD_BAD_ANSWER, f"the client failed: {type(error).__name__}: {error}") from error
         wrong = flaw(opinion)
         if wrong is not None:

@@ -18,13 +18,12 @@ A question counts once it is granted, also when the circuit is open or the cloud
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from saec.config import RouteSettings
 from saec.fleet.ledger import Spent
-
-if TYPE_CHECKING:
-    from saec.config import RouteSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +79,29 @@ class Budget:
         price = used / self.spent.answered if self.spent.answered else min(expected, limit)
         outstanding = self.spent.questions - self.spent.answered
         return used + (outstanding + 1) * price <= limit
+
+
+class SharedBudget:
+    """A budget that the edge stage draws on and the cloud stage settles. Thread-safe."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._lock = threading.Lock()
+
+    def part(self) -> None:
+        """Count one more part, in part order."""
+        with self._lock:
+            self._budget = self._budget.part()
+
+    def take(self, *, expected_bytes: int, expected_s: float) -> bool:
+        """Grant a question, if it fits."""
+        with self._lock:
+            fits = self._budget.admits(expected_bytes=expected_bytes, expected_s=expected_s)
+            if fits:
+                self._budget = self._budget.granted()
+            return fits
+
+    def settle(self, *, uplink_bytes: int, cloud_s: float) -> None:
+        """Book what a granted question cost."""
+        with self._lock:
+            self._budget = self._budget.settled(uplink_bytes=uplink_bytes, cloud_s=cloud_s)

@@ -20,14 +20,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
+from saec.calibrate.fusion import FINAL_TAU, Fusion
+from saec.calibrate.thresholds import Thresholds
+from saec.config import RouteSettings
 from saec.types import EdgeResult, Label, Reason, Route, SceneScore, Where
-
-if TYPE_CHECKING:
-    from saec.calibrate.fusion import Fusion
-    from saec.calibrate.thresholds import Thresholds
-    from saec.config import RouteSettings
 
 Mode = Literal["cascade", "edge_only", "cloud_only", "random"]
 
@@ -98,16 +96,14 @@ def edge_label(p_defect: float, thresholds: Thresholds) -> Label:
     return Label.GOOD if p_defect < thresholds.tau_edge else Label.DEFECT
 
 
-def final_label(
-    p_edge: float, p_cloud: float, thresholds: Thresholds, fusion: Fusion | None = None
-) -> tuple[Label, float]:
+def final_label(p_edge: float, p_cloud: float, thresholds: Thresholds, fusion: Fusion | None) -> tuple[Label, float]:
     """Return the label and P(defect) after the cloud has spoken.
 
-    With a fitted fusion both opinions count: defect iff the fused probability is at least 0.5. Without one, or where
-    the edge's own probability is not a number, the cloud alone decides: defect iff p_cloud >= tau_cloud. ``p_cloud``
-    is in [0, 1]; the pipeline refuses any other answer before it comes here.
+    With the station's fusion both opinions count: defect iff the fused probability is at least 0.5. Without one, as in
+    cloud-only operation, or where the edge's own probability is not a number, the cloud alone decides: defect iff
+    p_cloud >= tau_cloud. ``p_cloud`` is in [0, 1]; the pipeline refuses any other answer before it comes here.
     """
     if fusion is not None and not math.isnan(p_edge):
-        fused = fusion.fuse(p_edge, p_cloud)
-        return (Label.GOOD if fused < 0.5 else Label.DEFECT), fused
+        fused = float(fusion.p_defect(p_edge, p_cloud))
+        return (Label.GOOD if fused < FINAL_TAU else Label.DEFECT), fused
     return (Label.GOOD if p_cloud < thresholds.tau_cloud else Label.DEFECT), p_cloud

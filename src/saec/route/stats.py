@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from saec.types import Label, Verdict, Where
+
 
 class BusyMeter:
     """Busy time of a stage: the union of the intervals in which at least one worker was inside. Thread-safe.
@@ -14,9 +16,10 @@ class BusyMeter:
     >>> with meter: work()
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """``clock`` gives monotonic seconds."""
+    def __init__(self, clock: Callable[[], float], *, within: BusyMeter | None = None) -> None:
+        """``clock`` gives monotonic seconds; who is inside this meter is also inside ``within``."""
         self._clock = clock
+        self._within = within
         self._lock = threading.Lock()
         self._inside = 0
         self._since = 0.0
@@ -24,6 +27,8 @@ class BusyMeter:
         self._used = False
 
     def __enter__(self) -> None:
+        if self._within is not None:
+            self._within.__enter__()
         with self._lock:
             if self._inside == 0:
                 self._since = self._clock()
@@ -37,6 +42,8 @@ class BusyMeter:
             self._inside -= 1
             if self._inside == 0:
                 self._total += self._clock() - self._since
+        if self._within is not None:
+            self._within.__exit__(kind, error, trace)
 
     @property
     def seconds(self) -> float | None:
@@ -51,8 +58,8 @@ class BusyMeter:
 class PipelineStats:
     """One call of :func:`saec.route.pipeline.inspect_stream`. Counts are of this call, not of a run it resumed.
 
-    ``*_s`` are seconds: ``wall_s`` from first to last, the others busy seconds (unions of intervals; ``None``: the stage
-    never ran). ``local_s`` is the union of decoding, scene and edge: the edge-side branch.
+    ``*_s`` are seconds: ``wall_s`` from first to last, the others busy seconds (unions of intervals; ``None``: the
+    stage never ran). ``local_s`` is the union of decoding, scene and edge: the edge-side branch.
     """
 
     parts: int
@@ -78,6 +85,8 @@ class PipelineStats:
     edge_s: float | None
     local_s: float | None
     cloud_s: float | None
+    busy_s: float | None
+    """The union of both branches."""
     circuit_opened: int
     """How often the circuit breaker opened."""
     interrupted: bool
@@ -87,10 +96,35 @@ class PipelineStats:
     def overlap(self) -> float | None:
         """How much of the shorter branch was hidden behind the longer one.
 
-        With L = ``local_s``, C = ``cloud_s`` and W = ``wall_s``: (L + C − W) / min(L, C), cut to [0, 1]. 1: the wall time is
-        that of the longer branch; 0: they ran one after the other; ``None``: one of them did not run.
+        With L = ``local_s``, C = ``cloud_s`` and B = ``busy_s``, the union of the two: (L + C − B) / min(L, C). 1: the
+        shorter branch cost no time of its own; 0: one branch always waited for the other; ``None``: one did not run.
         """
-        if not self.local_s or not self.cloud_s:
+        if not self.local_s or not self.cloud_s or not self.busy_s:
             return None
-        hidden = self.local_s + self.cloud_s - self.wall_s
-        return min(1.0, max(0.0, hidden / min(self.local_s, self.cloud_s)))
+        return min(1.0, max(0.0, (self.local_s + self.cloud_s - self.busy_s) / min(self.local_s, self.cloud_s)))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of the verdicts that reached the disk. Kept by one thread."""
+
+    parts: int = 0
+    unreadable: int = 0
+    escalated: int = 0
+    answered: int = 0
+    fallbacks: int = 0
+    deadline_misses: int = 0
+    uplink_bytes: int = 0
+
+    def local(self, verdict: Verdict, *, final: bool, late: bool) -> None:
+        """Count a local verdict; ``final`` is false where a cloud question is open."""
+        self.parts += 1
+        self.unreadable += verdict.label is Label.UNREADABLE
+        self.escalated += not final
+        self.deadline_misses += late
+
+    def amended(self, verdict: Verdict) -> None:
+        """Count what became of a cloud question."""
+        self.answered += verdict.where is Where.CLOUD
+        self.fallbacks += verdict.where is Where.FALLBACK
+        self.uplink_bytes += verdict.uplink_bytes

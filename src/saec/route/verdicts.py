@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from saec.route.decide import decide, edge_label, final_label
+from saec.calibrate.fusion import Fusion
+from saec.calibrate.thresholds import Thresholds
+from saec.route.decide import Policy, decide, edge_label, final_label
 from saec.types import EdgeResult, Evidence, Label, Opinion, Part, Reason, SceneScore, Verdict, Where
-
-if TYPE_CHECKING:
-    from saec.calibrate.fusion import Fusion
-    from saec.calibrate.thresholds import Thresholds
-    from saec.route.decide import Policy
 
 
 def local_verdict(
@@ -28,19 +24,26 @@ def local_verdict(
 ) -> tuple[Verdict, bool]:
     """Return the edge's own verdict and whether the router wants the cloud's opinion on it.
 
-    ``where`` is ``EDGE`` either way: until the cloud has spoken, the edge has the last word. ``error`` is a remark of an
-    earlier stage. A figure that is not finite is recorded as "not measured", with a remark.
+    ``where`` is ``EDGE`` either way: until the cloud has spoken, the edge has the last word. ``error`` is a remark of
+    an earlier stage. A figure that is not finite is recorded as "not measured", with a remark.
+
+    Raises:
+        ValueError: the edge's evidence or heatmap cannot be recorded.
     """
+    if not _finite_boxes(result.evidence):
+        raise ValueError("a box has a score that is not finite")
+    if result.heatmap is not None and result.heatmap.ndim != 2:
+        raise ValueError(f"the heatmap has {result.heatmap.ndim} axes, not 2")
     route = decide(scene, result, policy, sha256=sha256)
     escalates = route.where is Where.CLOUD
     if not (math.isfinite(result.p_defect) and math.isfinite(result.score)):
         error = f"{error}; the edge gave no finite score" if error else "the edge gave no finite score"
     label = edge_label(result.p_defect, policy.thresholds)
     verdict = Verdict(
-        part_id=part.part_id,
+        part_id=printable(part.part_id),
         sha256=sha256,
-        product=part.product,
-        path=_text(str(part.path)),
+        product=printable(part.product),
+        path=printable(str(part.path)),
         label=label,
         p_defect=_finite(result.p_defect),
         where=Where.EDGE,
@@ -65,16 +68,16 @@ def unreadable_verdict(part: Part, sha256: str, models: Mapping[str, str], error
     at the part, so it must be looked at by hand.
     """
     return Verdict(
-        part_id=part.part_id,
+        part_id=printable(part.part_id),
         sha256=sha256,
-        product=part.product,
-        path=_text(str(part.path)),
+        product=printable(part.product),
+        path=printable(str(part.path)),
         label=Label.UNREADABLE,
         p_defect=None,
         where=Where.EDGE,
         reason=Reason.UNREADABLE,
         models=models,
-        error=_text(error),
+        error=printable(error),
         truth=part.label,
     )
 
@@ -118,7 +121,7 @@ def fallback_verdict(
         reason=reason,
         timings_ms={**local.timings_ms, **timings_ms},
         uplink_bytes=uplink_bytes,
-        error=_text(f"{local.error}; {error}" if local.error else error),
+        error=printable(f"{local.error}; {error}" if local.error else error),
     )
 
 
@@ -141,6 +144,6 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _text(text: str) -> str:
-    """Make a file name that is not UTF-8 printable: JSON and SQLite hold nothing else."""
+def printable(text: str) -> str:
+    """Return a file name that is not UTF-8 with its odd bytes written out: JSON and SQLite hold nothing else."""
     return text.encode("utf-8", "backslashreplace").decode()
