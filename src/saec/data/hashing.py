@@ -31,6 +31,9 @@ NEAR_DUPLICATE_BITS = 24
 MAX_RESIDUAL = 1.0
 """Grey levels (RMS over the thumbnail) that a copy may differ after gain and offset are removed."""
 
+WORKERS = min(4, os.cpu_count() or 1)
+"""Threads that decode and hash; OpenCV, zlib and SHA-256 release the interpreter lock."""
+
 _DEAD_ZONE = 2.0  # grey levels: in flat regions only noise decides the sign of a gradient, and copies would differ
 _THUMB = 32
 _DARK, _BRIGHT = 6, 247  # thumbnail pixels outside are clipped: gain and offset do not act on them
@@ -86,13 +89,13 @@ def fingerprint(path: Path, *, max_pixels: int = MAX_PIXELS) -> Fingerprint:
     return fingerprint_image(*read_with_hash(path, max_pixels=max_pixels))
 
 
-def fingerprints(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS, workers: int = 0) -> list[Fingerprint]:
-    """Return the fingerprints of many files in order; decoding runs in ``workers`` threads (0: up to four).
+def fingerprints(paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS, workers: int = WORKERS) -> list[Fingerprint]:
+    """Return the fingerprints of many files in order; decoding runs in ``workers`` threads.
 
     Raises:
         saec.data.decode.UnreadableImage: for the first file that is not a usable image.
     """
-    with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda path: fingerprint(path, max_pixels=max_pixels), paths))
 
 
@@ -100,7 +103,8 @@ def group_near_duplicates(prints: Sequence[Fingerprint], *, bits: int = NEAR_DUP
     """Partition indices into groups of the same content: byte-identical files always, near-duplicates transitively.
 
     Every index is in exactly one group; groups are ordered by their first index. ``bits`` is the largest Hamming
-    distance of difference hashes, 0 to 256. Takes about 5 s for 5,000 images on one core.
+    distance of difference hashes, 0 to 256. Takes at most 3 s for 5,000 images on one core, 0.5 s when most hashes
+    differ.
     """
     parent = list(range(len(prints)))
 

@@ -1,0 +1,135 @@
+"""Fine-tuning files: ``train.jsonl`` and ``val.jsonl`` with one schema, and the list of what was trained on.
+
+Recipe of the SAEC reference: every train/good image as label 0 and a fraction of the test defects as label 1 train;
+the other test images validate. Images of the same content never straddle the two files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from saec.data.dataset import Dataset
+from saec.data.decode import MAX_PIXELS
+from saec.data.hashing import NEAR_DUPLICATE_BITS
+from saec.data.manifest import write_atomic
+from saec.data.splitting import GroupedPart, group_parts, product_rng
+from saec.errors import BadInput
+from saec.types import Label
+
+EXCLUSION_NAME = "exclude.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class SftFiles:
+    """What was written: rows in each file, and the parts in neither (the source's calibration split)."""
+
+    train: Path
+    val: Path
+    exclusion: Path
+    n_train: int
+    n_val: int
+    left_out: int
+
+
+def write_sft(
+    dataset: Dataset,
+    out: Path,
+    *,
+    defect_train_ratio: float = 0.5,
+    seed: int = 2025,
+    bits: int = NEAR_DUPLICATE_BITS,
+    max_pixels: int = MAX_PIXELS,
+) -> SftFiles:
+    """Write ``train.jsonl``, ``val.jsonl`` and ``exclude.txt`` into the folder ``out``.
+
+    A row has ``image`` (path relative to the file's folder), ``part_id``, ``product``, ``label`` (0 good, 1 defect),
+    ``answer`` ("0" or "1": what follows the prompt's ``Label: ``), ``kind``, ``split`` (train or val),
+    ``source_split``, ``sha256`` and ``group``. ``exclude.txt`` names the training images as ``sha256sum`` does, for the
+    ``exclude=`` of the holdout builders. A test image with the content of a training image trains too. The same input
+    gives the same bytes.
+
+    Raises:
+        BadInput: no train split with good parts, no test split, an unlabelled or unreadable image, a bad ratio, or
+            ``out`` holds other files of these names.
+    """
+    if not 0 <= defect_train_ratio <= 1:
+        raise BadInput("bad share of the defects", where=defect_train_ratio, fix="between 0 and 1")
+    if not {"train", "test"} <= set(dataset.splits):
+        raise BadInput("no train and test splits", where=dataset.root, fix="build them with saec data folder")
+    dataset.require_good()
+    used = Dataset(dataset.name, dataset.root, tuple(part for part in dataset if part.split in ("train", "test")))
+    unlabelled = next((part for part in used if part.label is None), None)
+    if unlabelled is not None:
+        raise BadInput("an image without a label", where=unlabelled.path)
+    parts = group_parts(used, bits=bits, max_pixels=max_pixels)
+    training = _training_groups(parts, defect_train_ratio, seed)
+    train = [one for one in parts if one.group in training]
+    val = [one for one in parts if one.group not in training]
+    texts = {
+        "train.jsonl": _jsonl(train, "train", out),
+        "val.jsonl": _jsonl(val, "val", out),
+        EXCLUSION_NAME: "".join(f"{one.print.sha256}  {one.part.part_id}\n" for one in train),
+    }
+    _write(out, texts)
+    return SftFiles(
+        out / "train.jsonl", out / "val.jsonl", out / EXCLUSION_NAME, len(train), len(val), len(dataset) - len(used)
+    )
+
+
+def _training_groups(parts: Sequence[GroupedPart], ratio: float, seed: int) -> frozenset[str]:
+    """Return the groups that train: those of the train split, then test defects until the ratio is reached."""
+    training = {one.group for one in parts if one.part.split == "train"}
+    for product in sorted({one.part.product for one in parts}):
+        defects = [one for one in parts if one.part.product == product and _is_test_defect(one)]
+        wanted = round(ratio * len(defects)) - sum(one.group in training for one in defects)
+        for at in product_rng(seed, product).permutation(len(defects)):
+            if wanted <= 0:
+                break
+            group = defects[at].group
+            if group not in training:
+                training.add(group)
+                wanted -= sum(one.group == group for one in defects)
+    return frozenset(training)
+
+
+def _is_test_defect(one: GroupedPart) -> bool:
+    return one.part.split == "test" and one.part.label is Label.DEFECT
+
+
+def _jsonl(parts: Sequence[GroupedPart], split: str, out: Path) -> str:
+    lines = []
+    for one in parts:
+        label = int(one.part.label is Label.DEFECT)
+        row = {
+            "image": Path(os.path.relpath(one.part.path.absolute(), out.absolute())).as_posix(),
+            "part_id": one.part.part_id,
+            "product": one.part.product,
+            "label": label,
+            "answer": str(label),
+            "kind": one.part.kind,
+            "split": split,
+            "source_split": one.part.split,
+            "sha256": one.print.sha256,
+            "group": one.group,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False))
+    return "".join(line + "\n" for line in lines)
+
+
+def _write(out: Path, texts: dict[str, str]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            file = out / name
+            if file.exists() and file.read_text(encoding="utf-8") != text:
+                raise BadInput(
+                    "another fine-tuning set lies here", where=file, fix="choose another folder or remove it"
+                )
+        for name, text in texts.items():
+            write_atomic(out / name, text)
+    except OSError as error:
+        raise BadInput("cannot write the files", where=out, fix=error.strerror or "check the folder") from None
