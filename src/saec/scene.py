@@ -7,7 +7,7 @@ Two definitions of the same five terms with the same weights, S = 0.30 H + 0.25 
   the edge density is counted on the 0-255 scale and so dominates the sum.
 
 How the product's score is made. The image is turned grey, halved while it is at least twice the working size (the exact
-2x2 mean, OpenCV's cheapest shrink), then brought to about 160 x 160 pixels *of its own aspect ratio*: a long thin part
+2x2 mean, OpenCV's cheapest shrink), then brought to about 128 x 128 pixels *of its own aspect ratio*: a long thin part
 squeezed to a square would gain edges that it does not have. The terms are measured there and at half that size and
 averaged: fine texture shows at the first scale only, structure at both. Two scales of this size keep the ranking of the
 reference (finer detail vanishes in deeper levels) at a fraction of its cost. Everything is integer arithmetic up to the
@@ -32,7 +32,7 @@ LEGACY_SIDE = 192
 JPEG_QUALITY = 30
 CANNY = (64, 128)
 
-_SIDE = 160
+_SIDE = 128
 _SCALES = 2
 _MIN_SIDE, _MAX_SIDE = 32, 800
 
@@ -124,7 +124,7 @@ def _checked(image: Image) -> Image:
 
 
 def _working_copy(grey: MatLike) -> MatLike:
-    """Shrink (or enlarge) to about 160^2 pixels, aspect ratio kept, sides multiples of 4."""
+    """Shrink (or enlarge) to about 128^2 pixels, aspect ratio kept, sides multiples of 4."""
     height, width = grey.shape
     stretch = math.sqrt(width / height)
     target_w = _side(_SIDE * stretch)
