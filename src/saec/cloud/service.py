@@ -135,12 +135,22 @@ def _listen(settings: ServeSettings) -> socket.socket:
     if settings.token is None and not is_loopback(settings.host):
         fix = "set serve.token, or serve.host=127.0.0.1"
         raise BadInput("without a token only loopback addresses are served", where=settings.host, fix=fix)
+    listener: socket.socket | None = None
     try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+        # Asyncio turns Nagle's algorithm off only where the protocol is named; with it every answer takes 40 ms more.
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         where = f"{settings.host}:{settings.port}"
         raise BadInput(f"cannot listen ({error.strerror or error})", where=where, fix="choose another port") from None
+    return listener
 
 
 @contextmanager
