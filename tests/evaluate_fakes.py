@@ -86,7 +86,7 @@ def write_run(folder: Path, found: list[Verdict], *, manifest: dict[str, Any] | 
     for v in found:
         cv2.imwrite(str(folder / "heatmaps" / f"{v.sha256[:16]}.png"), heat)
     (folder / "predictions.jsonl").write_text("".join(verdict_to_json(v) + "\n" for v in found), encoding="utf-8")
-    arguments = {"stats": RunTimes(2.0, 0.5, 0.2, 1.5, 1.2, deadline_ms=35.0), "meter": UNMETERED} | more
+    arguments = {"stats": RunTimes(2.0, 0.5, 0.2, 1.5, 1.2, overlap=0.6, deadline_ms=35.0), "meter": UNMETERED} | more
     write_summary(summarise(found, **arguments), folder / "summary.json")
     (folder / "manifest.json").write_text(json.dumps(manifest if manifest is not None else {"mode": "cascade"}))
     return RunFolder.load(folder)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluate_fakes import BAD, GOOD, verdicts, write_run
+from saec.calibrate.sweep import SweepPoint
 from saec.errors import BadInput
-from saec.evaluate.report import RunFolder, SweepPoint, render, write_report
+from saec.evaluate.report import RunFolder, render, write_report
 from saec.evaluate.report_images import AT_THRESHOLD, encode_heatmap, overlay
 from saec.evaluate.report_svg import nice_ticks, thin
 from saec.evaluate.report_view import comparison, gallery
@@ -180,7 +181,7 @@ def test_hostile_names_are_text_and_never_markup(tmp_path: Path) -> None:
     hostile: dict[str, Any] = {"name": evil, evil: evil, "environment": {evil: [evil]}}
     calibration = {"statement": evil, "products": {evil: {"statement": evil, evil: 1}}, evil: evil}
     run = write_run(tmp_path / "run", found, manifest=hostile, calibration=calibration)
-    text = render([run, run], sweep=[SweepPoint(0.5, 0.9, evil)])
+    text = render([run, run])
     page = Page(text)
     assert page.tags.count("script") == 1  # the page's own
     assert "<script>alert" not in text and "<img src=x" not in text
@@ -190,7 +191,7 @@ def test_hostile_names_are_text_and_never_markup(tmp_path: Path) -> None:
 def test_calibration_statements_are_shown_as_given(tmp_path: Path) -> None:
     calibration = {
         "statement": "Overkill at most 5 %.",
-        "products": {"cell": {"statement": "not enough data: 9 defects can prove at best 28 %", "tau_edge": 0.5}},
+        "products": {"cell": {"statement": "not enough data: 9 defects can prove at best 28 %"}},
     }
     text = render([write_run(tmp_path / "run", verdicts(tmp_path / "images"), calibration=calibration)])
     assert "Overkill at most 5 %." in text and "9 defects can prove at best 28 %" in text
@@ -208,7 +209,9 @@ def test_several_runs_stand_side_by_side_with_the_best_marked(tmp_path: Path) ->
     assert [(name, cells[place].best) for name, cells in rows] == [("edge only", False), ("main", True)]
     assert not any(cells[columns.index("To the cloud")].best for _, cells in rows)  # a dial, not a merit
     text = render(runs)
-    assert "<h3>Accuracy against escalation</h3>" in text
+    assert "<h3>Accuracy against escalation</h3>" in text and "Escalated share turned" not in text
+    points = [SweepPoint("share", s, 30, 0.9 + s / 20, None, None, None, s, None) for s in (0.0, 0.5, 1.0)]
+    assert "Escalated share turned" in render(runs, sweep=points)
     assert "Inspection report · main" in text  # the cascade is the main run although it came second
 
 
@@ -273,7 +276,7 @@ def test_suspicion_puts_every_threshold_at_one_half(tmp_path: Path) -> None:
         replace(one, product="b", p_defect=0.4),  # and b at the stated 0.45
         replace(one, product="b", p_defect=0.5, label=BAD),
     ]
-    calibration = {"products": {"b": {"tau_edge": 0.45}}}
+    calibration = {"products": {"b": {"thresholds": {"tau_edge": 0.45}}}}
     run = write_run(tmp_path / "run", found, calibration=calibration)
     assert [run.suspicion[i] < 0.5 for i in range(6)] == [True, False] * 3
     assert run.suspicion[4] == pytest.approx(0.5 * 0.4 / 0.45)

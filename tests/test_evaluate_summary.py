@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from saec.calibrate.calibration import CalibrationData, calibrate
+from saec.config import CalibrationSettings
 from saec.errors import BadInput
 from saec.evaluate.meter import Energy, Reading
-from saec.evaluate.summary import RunTimes, summarise, write_summary
+from saec.evaluate.summary import RunTimes, calibration_summary, summarise, write_summary
+from saec.route.stats import PipelineStats
 from saec.types import Label, Reason, Verdict, Where
 
 GOOD, BAD, LOST = Label.GOOD, Label.DEFECT, Label.UNREADABLE
@@ -109,11 +114,30 @@ def test_an_empty_run_has_a_summary() -> None:
     assert summary["n"] == 0 and summary["accuracy"] is None and summary["per_product"] == {}
 
 
-def test_overlap_is_0_one_after_the_other_and_1_when_only_the_longest_stage_counts() -> None:
-    assert RunTimes(wall_s=3.0, edge_s=2.0, cloud_s=1.0).overlap == 0.0
-    assert RunTimes(wall_s=2.0, edge_s=2.0, cloud_s=1.0).overlap == 1.0
-    assert RunTimes(wall_s=2.5, edge_s=2.0, cloud_s=1.0).overlap == 0.5
-    assert RunTimes(wall_s=2.5, edge_s=2.0).overlap is None
+def test_the_pipelines_own_times_are_taken_over() -> None:
+    counts = dict.fromkeys((f.name for f in fields(PipelineStats)), 0)
+    busy = {
+        "wall_s": 2.5,
+        "decode_s": 0.5,
+        "scene_s": None,
+        "edge_s": 1.5,
+        "local_s": 2.0,
+        "cloud_s": 1.0,
+        "busy_s": 2.5,
+    }
+    stats = PipelineStats(**(counts | busy | {"deadline_ms": 200.0, "interrupted": False}))  # type: ignore[arg-type]
+    assert RunTimes.of(stats) == RunTimes(2.5, 0.5, None, 1.5, 1.0, overlap=0.5, deadline_ms=200.0)
+    assert summarise(RUN, stats=RunTimes.of(stats))["time"]["overlap"] == 0.5
+
+
+def test_the_calibration_says_in_words_what_is_guaranteed() -> None:
+    good = np.random.default_rng(0).normal(0, 1, 99)
+    fitted = calibrate(CalibrationData(good, np.full(99, 0.4)), CalibrationSettings(overkill=0.05))
+    product = calibration_summary({"cell": fitted})["products"]["cell"]
+    assert "99 good parts" in product["statement"] and "5.00% overkill" in product["statement"]
+    assert "Escape: no bound was asked for" in product["statement"]
+    assert product["thresholds"]["tau_edge"] == 0.5
+    json.dumps(product, allow_nan=False)
 
 
 def test_models_come_from_the_verdicts_when_not_given() -> None:

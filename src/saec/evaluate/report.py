@@ -13,16 +13,16 @@ import jinja2
 from markupsafe import Markup
 
 from saec import __version__
+from saec.calibrate.sweep import SweepPoint
 from saec.errors import BadInput
 from saec.evaluate import report_charts as charts
 from saec.evaluate import report_view as view
 from saec.evaluate import report_words as words
-from saec.evaluate.report_charts import SweepPoint
 from saec.evaluate.report_run import RunFolder
 from saec.evaluate.report_svg import Chart
 from saec.evaluate.summary import write_atomically
 
-__all__ = ["RunFolder", "SweepPoint", "write_report"]
+__all__ = ["RunFolder", "render", "write_report"]
 
 
 def write_report(runs: Sequence[RunFolder], out: Path, *, sweep: Sequence[SweepPoint] | None = None) -> None:
@@ -33,7 +33,7 @@ def write_report(runs: Sequence[RunFolder], out: Path, *, sweep: Sequence[SweepP
 
     Args:
         runs: at least one; several are compared side by side.
-        sweep: further points of the escalation curve.
+        sweep: points of :mod:`saec.calibrate.sweep`, drawn into the escalation curve.
 
     Raises:
         BadInput: no runs, or ``out`` cannot be written.

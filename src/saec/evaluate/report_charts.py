@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from saec.calibrate.sweep import SweepPoint
 from saec.evaluate.metrics import percentiles, risk_coverage, threshold_sweep
 from saec.evaluate.report_run import RunFolder
 from saec.evaluate.report_svg import Axis, Bars, Chart, Dot, Line, Rule, draw
@@ -18,17 +18,9 @@ from saec.types import Label, Verdict
 MAX_LINES = 4
 MAX_HISTOGRAMS = 6
 BINS = 24
+KNOBS = {"share": "Escalated share turned", "tau_scene": "Scene threshold turned"}
 
 _whole = partial(percent, digits=0)
-
-
-@dataclass(frozen=True, slots=True)
-class SweepPoint:
-    """One setting of an escalation sweep: shares in [0, 1]; ``label`` names the setting (for example its τ_S)."""
-
-    escalation: float
-    accuracy: float
-    label: str = ""
 
 
 def threshold_chart(run: RunFolder) -> Chart | None:
@@ -86,14 +78,15 @@ def risk_coverage_chart(runs: Sequence[RunFolder]) -> Chart | None:
 def escalation_chart(runs: Sequence[RunFolder], sweep: Sequence[SweepPoint] | None) -> Chart | None:
     """Accuracy against the share of parts sent to the cloud: a point for each run, a line for a sweep."""
     dots: list[Dot] = []
-    points = sorted((p.escalation, p.accuracy) for p in sweep or ())
+    curves = {knob: sorted((p.escalation, p.accuracy) for p in sweep or () if p.knob == knob) for knob in KNOBS}
+    points = [point for curve in curves.values() for point in curve]
     for run in runs:
         if run.escalation is not None and run.summary["accuracy"] is not None:
             dots.append(Dot(run.escalation, run.summary["accuracy"], run.name, len(dots) % MAX_LINES))
     if len(dots) + len(points) < 2:
         return None
     levels = [d.y for d in dots] + [y for _, y in points]
-    lines = [Line("Threshold sweep", points, 2)] if points else []
+    lines = [Line(KNOBS[knob], curve, 2 * i) for i, (knob, curve) in enumerate(curves.items()) if curve]
     ends = (min(dots, key=lambda d: d.x), max(dots, key=lambda d: d.x)) if dots else None
     chance = ends is not None and ends[0].x < 0.02 and ends[1].x > 0.98
     if ends and chance:

@@ -112,26 +112,26 @@ def _suspicion(verdicts: tuple[Verdict, ...], calibration: Mapping[str, Any]) ->
             groups[v.product, v.where is Where.CLOUD].append(i)
     found = {}
     for (product, cloud), members in groups.items():
-        cut = _cut([verdicts[i] for i in members], _hint(calibration, product, "tau_cloud" if cloud else "tau_edge"))
+        cut = _cut([verdicts[i] for i in members], _hints(calibration, product, "tau_cloud" if cloud else "tau_edge"))
         for i in members:
             found[i] = _stretch(verdicts[i].p_defect or 0.0, cut)
     return found
 
 
-def _hint(calibration: Mapping[str, Any], product: str, key: str) -> float:
-    products = calibration.get("products")
-    of_product = products.get(product) if isinstance(products, Mapping) else None
-    value = of_product.get(key) if isinstance(of_product, Mapping) else None
-    return float(value) if isinstance(value, int | float) and 0 < value < 1 else 0.5
+def _hints(calibration: Mapping[str, Any], product: str, key: str) -> list[float]:
+    """Thresholds that may have decided, the calibrated one first; a fused opinion is cut at one half."""
+    found: Any = calibration
+    for step in ("products", product, "thresholds", key):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return [float(found), 0.5] if isinstance(found, int | float) and 0 < found < 1 else [0.5]
 
 
-def _cut(members: list[Verdict], hint: float) -> float:
-    """The threshold that these labels obey: the calibrated one if they do, else the middle of the gap between them."""
+def _cut(members: list[Verdict], hints: list[float]) -> float:
+    """The threshold that these labels obey: a known one if they do, else the middle of the gap between them."""
     passed = max((v.p_defect or 0.0 for v in members if v.label is Label.GOOD), default=0.0)
     called = min((v.p_defect or 0.0 for v in members if v.label is Label.DEFECT), default=1.0)
-    if passed < hint <= called or passed >= called:
-        return hint
-    return (passed + called) / 2
+    obeyed = [hint for hint in hints if passed < hint <= called]
+    return obeyed[0] if obeyed else hints[0] if passed >= called else (passed + called) / 2
 
 
 def _stretch(p: float, cut: float) -> float:

@@ -58,8 +58,8 @@ TERMS: Sequence[tuple[str, str]] = (
     ("Balanced accuracy", "The mean of the share of defects caught and the share of good parts passed."),
     (
         "Overlap",
-        "How much of the work that could run side by side did: 0 % is one stage after the other, 100 % means the run "
-        "took only as long as its longest stage.",
+        "The edge side and the cloud work side by side. 100 %: the shorter of the two cost no time of its own; 0 %: "
+        "one always waited for the other.",
     ),
 )
 

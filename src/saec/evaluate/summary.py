@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from saec.errors import BadInput
 from saec.evaluate.meter import Reading, mwh_per_correct
@@ -31,6 +31,10 @@ from saec.evaluate.metrics import (
 )
 from saec.types import Label, Reason, Verdict, Where
 
+if TYPE_CHECKING:
+    from saec.calibrate.calibration import Calibration
+    from saec.route.stats import PipelineStats
+
 LOCAL_MS = "local"
 """Key of ``Verdict.timings_ms``: milliseconds from taking the part up to its local verdict."""
 
@@ -40,22 +44,22 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True, slots=True)
 class RunTimes:
     """What the pipeline measured. ``*_s`` are *busy* seconds: the union of the intervals in which at least one worker
-    was in that stage; ``None`` where the stage did not run. ``deadline_ms`` is the local verdict's deadline."""
+    was in that stage; ``None`` where the stage did not run. ``overlap`` in [0, 1] is the part of the shorter of the two
+    branches (edge side and cloud) that was hidden behind the longer one. ``deadline_ms`` is the local verdict's."""
 
     wall_s: float
     decode_s: float | None = None
     scene_s: float | None = None
     edge_s: float | None = None
     cloud_s: float | None = None
+    overlap: float | None = None
     deadline_ms: float | None = None
 
-    @property
-    def overlap(self) -> float | None:
-        """How much of the overlap that was possible did happen: 0 when the stages ran one after the other, 1 when
-        the run took as long as its longest stage alone. ``None`` with fewer than two stages."""
-        busy = [s for s in (self.decode_s, self.scene_s, self.edge_s, self.cloud_s) if s]
-        possible = sum(busy) - max(busy, default=0.0)
-        return min(1.0, max(0.0, (sum(busy) - self.wall_s) / possible)) if possible > 0 else None
+    @classmethod
+    def of(cls, stats: PipelineStats) -> Self:
+        """Take the times of an undisturbed pipeline run."""
+        stages = (stats.decode_s, stats.scene_s, stats.edge_s, stats.cloud_s)
+        return cls(stats.wall_s, *stages, overlap=stats.overlap, deadline_ms=stats.deadline_ms)
 
 
 def summarise(
@@ -110,6 +114,20 @@ def summarise(
         "calibration": dict(calibration or {}),
     }
     return summary | {"status": _status(summary)}
+
+
+def calibration_summary(calibrations: Mapping[str, Calibration]) -> dict[str, Any]:
+    """The ``calibration`` entry: for each product what is guaranteed in words, and all that was fitted.
+
+    ``{"products": {name: {"statement": str, "thresholds": {…}, "overkill": {…}, "n_good": int, …}}}``
+    """
+    return {"products": {name: {"statement": _statement(c)} | c.to_json() for name, c in calibrations.items()}}
+
+
+def _statement(c: Calibration) -> str:
+    escape = c.escape.statement if c.escape else "no bound was asked for, so none is stated"
+    notes = "".join(f" {note[0].upper()}{note[1:].rstrip('.')}." for note in c.notes if note)
+    return f"Overkill: {c.overkill.statement}. Escape: {escape}.{notes}"
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
