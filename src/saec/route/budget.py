@@ -47,7 +47,7 @@ class Budget:
     def admits(self, *, expected_bytes: int, expected_s: float) -> bool:
         """Return whether one more question fits. The expectations count only until the first answer is known."""
         spent = self.spent
-        # 0.1 * 30 is a hair above 3 in floating point: without the tolerance the ceiling would be 4.
+        # 0.07 * 100 is a hair above 7 in floating point: without the tolerance the ceiling would be 8.
         if self.share is not None and spent.questions + 1 > math.ceil(self.share * spent.parts - 1e-9):
             return False
         return self._fits(self.max_bytes, spent.uplink_bytes, expected_bytes) and self._fits(
