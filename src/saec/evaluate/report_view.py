@@ -273,15 +273,14 @@ def _item(run: RunFolder, v: Verdict, suspicion: float | None) -> Item:
 
 
 def _picture(run: RunFolder, v: Verdict) -> tuple[str | None, str, int, int]:
-    if v.label is Label.UNREADABLE:
-        return None, v.error or "the image could not be decoded", 1, 1
     path = run.image(v)
-    if path is None:
-        return None, "the image is no longer at its place", 1, 1
+    lost = v.error if v.label is Label.UNREADABLE else None  # what the run itself found wrong says it best
     try:
-        sha256, image = read_with_hash(path)
+        sha256, image = read_with_hash(path) if path else ("", None)
     except UnreadableImage as error:
-        return None, error.why, 1, 1
+        return None, lost or error.why, 1, 1
+    if image is None:
+        return None, lost or "the image is no longer at its place", 1, 1
     if sha256 != v.sha256:
         return None, "another image is at this place now", 1, 1
     return thumbnail(image), "", image.shape[1], image.shape[0]
@@ -294,5 +293,5 @@ def _evidence(v: Verdict) -> Iterable[str]:
         yield v.evidence.text
     if v.edge_p_defect is not None and v.cloud_p_defect is not None:
         yield f"Edge said {number(v.edge_p_defect, digits=3)}, cloud said {number(v.cloud_p_defect, digits=3)}"
-    if v.error and v.label is not Label.UNREADABLE:
+    if v.error:
         yield f"Error: {v.error}"

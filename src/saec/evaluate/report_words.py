@@ -16,7 +16,10 @@ REASONS: Mapping[Reason, tuple[str, str]] = {
     Reason.EDGE_ONLY: ("Edge only", "The run was set to use no cloud."),
     Reason.EDGE_BUDGET: ("Cloud budget spent", "The cloud was wanted, but its budget was used up."),
     Reason.EDGE_RANDOM: ("Random draw: edge", "Random routing, a comparison mode, kept this part at the edge."),
-    Reason.UNREADABLE: ("Image unreadable", "The image could not be decoded, so nobody judged it."),
+    Reason.UNREADABLE: (
+        "Image unreadable",
+        "The image could not be decoded, or the detector failed on it: nobody judged it.",
+    ),
     Reason.SCENE_COMPLEX: ("Complex scene", "The image is busier than the scene threshold allows for the edge alone."),
     Reason.LOW_SMAX: ("Edge unsure: low confidence", "The edge's strongest class was too weak."),
     Reason.LOW_MARGIN: ("Edge unsure: small margin", "Good and defect were too close to each other."),
@@ -45,11 +48,12 @@ TERMS: Sequence[tuple[str, str]] = (
     ("Overkill", "A good part that was called defect. The overkill rate is its share of all truly good parts."),
     ("Escalation", "Sending a part to the cloud model because the edge detector was not sure enough."),
     ("Fallback", "The cloud was asked but gave no usable answer in time; the edge's own verdict stands."),
-    ("Unreadable", "The image could not be decoded. It is never called good and enters no rate."),
+    ("Unreadable", "The image could not be decoded or judged. It is never called good and enters no rate."),
     ("P(defect)", "The probability, after calibration, that the part is a defect. At or above the threshold: defect."),
     (
-        "95 % CI",
-        "Confidence interval: the true rate lies in it with 95 % confidence (Clopper–Pearson). Few parts make it wide.",
+        f"95{THIN}% CI",
+        f"Confidence interval: the true rate lies in it with 95{THIN}% confidence (Clopper–Pearson). Few parts make it "
+        "wide.",
     ),
     (
         "AUROC",
@@ -58,8 +62,8 @@ TERMS: Sequence[tuple[str, str]] = (
     ("Balanced accuracy", "The mean of the share of defects caught and the share of good parts passed."),
     (
         "Overlap",
-        "The edge side and the cloud work side by side. 100 %: the shorter of the two cost no time of its own; 0 %: "
-        "one always waited for the other.",
+        f"The edge side and the cloud work side by side. 100{THIN}%: the shorter of the two cost no time of its own; "
+        f"0{THIN}%: one always waited for the other.",
     ),
 )
 
@@ -151,7 +155,9 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
     if routing["fallback"]:
         notes.append(f"For {counted(routing['fallback'], 'part')} the cloud did not answer; the edge's verdict stands.")
     if n and (routing["cloud"] + routing["fallback"]) / n > 0.8 and not routing["reasons"].get(Reason.CLOUD_ONLY):
-        notes.append("More than 80 % of the parts were escalated: the edge no longer fits these parts. Recalibrate.")
+        notes.append(
+            f"More than 80{THIN}% of the parts were escalated: the edge no longer fits these parts. Recalibrate."
+        )
     if summary["deadline"]["late"]:
         notes.append(
             f"{counted(summary['deadline']['late'], 'local verdict')} came after the deadline of "
