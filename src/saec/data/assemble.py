@@ -126,7 +126,7 @@ def _already_built(out: Path, manifest: Manifest) -> bool:
     check_target(out)
     if load_manifest(out) != manifest:
         raise BadInput("the output folder holds another data set", where=out, fix="choose another folder or remove it")
-    lost = next((entry.path for entry in manifest.entries if not (out / entry.path).is_file()), None)
+    lost = next((path for path in manifest.files() if not (out / path).is_file()), None)
     if lost is not None:
         raise BadInput(f"the output folder holds this data set, but {lost} is gone", where=out, fix="remove the folder")
     return True

@@ -68,6 +68,10 @@ class Manifest:
             row[str(entry.label)] = row.get(str(entry.label), 0) + 1
         return table
 
+    def files(self) -> tuple[str, ...]:
+        """Return the paths of all images and masks."""
+        return tuple(path for entry in self.entries for path in (entry.path, entry.mask) if path is not None)
+
     def to_json(self) -> str:
         """Return the file's text; the same manifest always gives the same text."""
         entries = [{k: v for k, v in asdict(entry).items() if v is not None} for entry in self.entries]
@@ -168,11 +172,11 @@ def verify_manifest(root: Path) -> Tampering:
     """
     manifest = load_manifest(root / MANIFEST_NAME)
     listed = {entry.path: entry.sha256 for entry in manifest.entries}
-    masks = {entry.mask for entry in manifest.entries}
+    files = manifest.files()
+    present = {path for path in files if (root / path).is_file()}
     found = {str(path) for path in list_images(root)}
-    present = {path for path in listed if (root / path).is_file()}
     return Tampering(
         changed=tuple(path for path in listed if path in present and sha256_file(root / path) != listed[path]),
-        missing=tuple(path for path in listed if path not in present),
-        added=tuple(sorted(found - listed.keys() - masks)),
+        missing=tuple(path for path in files if path not in present),
+        added=tuple(sorted(found - set(files))),
     )

@@ -227,7 +227,7 @@ _LAYOUTS: dict[Kind, tuple[Callable[[_Tree], bool], Callable[[_Tree], Iterator[P
 
 def _read_manifest(root: Path) -> Dataset:
     manifest = load_manifest(root / MANIFEST_NAME)
-    listed = {name for entry in manifest.entries for name in (entry.path, entry.mask)}
+    listed = frozenset(manifest.files())
     stray = next((str(file) for file in sorted(list_images(root)) if str(file) not in listed), None)
     if stray is not None:
         raise BadInput(
