@@ -216,7 +216,7 @@ def webp_bomb(side: int) -> bytes:
 def test_a_pixel_bomb_is_refused_fast_with_flat_memory(data: bytes) -> None:
     tracemalloc.start()
     start = time.perf_counter()
-    with pytest.raises(UnreadableImage, match=r"limit|exceeds"):
+    with pytest.raises(UnreadableImage, match=r"limit|exceeds|could not create decoder"):
         decode_image(data, name="bomb", max_pixels=64_000_000)
     took = time.perf_counter() - start
     _, peak = tracemalloc.get_traced_memory()

@@ -46,8 +46,9 @@ def read_dataset(root: Path, *, kind: Kind = "auto", max_pixels: int = MAX_PIXEL
     """List the images below ``root`` (or in a CSV file) with product, label, split, kind and mask where known.
 
     Pictures are not opened, except the masks of KolektorSDD and KolektorSDD2, which hold the labels. Hidden files and
-    files that are no images are left out; symbolic links are followed, each folder once. A link that leads nowhere
-    stays a part, so that the run can record it as unreadable.
+    files that are no images are left out, and so are images that the layout has no place for (beside ``train/``, say).
+    Symbolic links are followed, each folder once; a link that leads nowhere stays a part, so that the run can record
+    it as unreadable.
 
     Raises:
         BadInput: nothing there, no images, not the layout asked for, or a damaged CSV, mask or manifest.
