@@ -113,9 +113,10 @@ class FakeCloud:
 
     model_id = "fake-cloud-1"
 
-    def __init__(self, seconds: float = 0.0, *, fails: Callable[[int], None] | None = None) -> None:
+    def __init__(self, seconds: float = 0.0, *, fails: Callable[[int], None] | None = None, uplink: int = 100) -> None:
         self.seconds = seconds
         self.fails = fails
+        self.uplink = uplink
         self.asked: list[str] = []
         self.queries: list[Query] = []
         self.inside = 0
@@ -134,7 +135,7 @@ class FakeCloud:
                 time.sleep(self.seconds)
             if self.fails is not None:
                 self.fails(number)
-            return Opinion(0.8, Evidence((), "scratch", "a scratch", self.model_id), self.model_id, {}, 100)
+            return Opinion(0.8, Evidence((), "scratch", "a scratch", self.model_id), self.model_id, {}, self.uplink)
         finally:
             with self._lock:
                 self.inside -= 1

@@ -129,9 +129,10 @@ def test_a_spent_budget_keeps_parts_at_the_edge(tmp_path):
 
 
 def test_the_budget_of_bytes_holds(tmp_path):
-    settings = make_settings(route={"budget_bytes": 550}, cloud={"in_flight": 1})
-    stats = run_line(tmp_path, make_parts(60, hard_every=1), FakeEdge(0.002), FakeCloud(), settings)
-    assert 100 <= stats.uplink_bytes <= 550
+    settings = make_settings(route={"budget_bytes": 300}, cloud={"in_flight": 1})
+    # a question costs less than the one byte a pixel that is expected before the first answer (8 x 8 pixels)
+    stats = run_line(tmp_path, make_parts(60, hard_every=1), FakeEdge(0.002), FakeCloud(uplink=50), settings)
+    assert 50 <= stats.uplink_bytes <= 300
 
 
 # -- what goes wrong with a part ------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def test_an_endless_source_ends_when_the_run_is_stopped(tmp_path):
 
 
 def test_the_questions_under_way_are_bounded_and_the_edge_keeps_going(tmp_path):
-    cloud = FakeCloud(0.01)
+    cloud = FakeCloud(0.03)
     told = []
     settings = make_settings(route={"queue": 16}, cloud={"in_flight": 2})
     parts = make_parts(45, hard_every=3)
@@ -394,9 +395,9 @@ def test_the_questions_under_way_are_bounded_and_the_edge_keeps_going(tmp_path):
 
 
 def test_a_slow_cloud_makes_the_edge_wait_between_parts_but_no_local_verdict_late(tmp_path):
-    settings = make_settings(route={"queue": 2, "deadline_ms": 100}, cloud={"in_flight": 1})
-    stats = run_line(tmp_path, make_parts(12, hard_every=1), FakeEdge(), FakeCloud(0.12), settings)
-    assert stats.answered == 12
+    settings = make_settings(route={"queue": 1, "deadline_ms": 300}, cloud={"in_flight": 1})
+    stats = run_line(tmp_path, make_parts(5, hard_every=1), FakeEdge(), FakeCloud(0.4), settings)
+    assert stats.answered == 5
     assert stats.deadline_misses == 0
 
 
@@ -502,6 +503,35 @@ def test_a_crashing_stage_ends_the_run_with_its_error_and_never_hangs(tmp_path, 
 def export_undisturbed(tmp_path: Path, parts: list[Part]) -> list[object]:
     run_line(tmp_path / "undisturbed", parts, FakeEdge(), FakeCloud())
     return export(tmp_path / "undisturbed")
+
+
+def test_a_source_that_waits_for_ever_holds_up_neither_ctrl_c_nor_a_crash(tmp_path):
+    never = threading.Event()
+
+    def source():
+        yield from make_parts(3)
+        never.wait(30)
+
+    def interrupt(verdict, final):
+        if final:
+            raise KeyboardInterrupt
+
+    def crash(image):
+        raise Crash("edge")
+
+    begun = time.monotonic()
+    assert run_line(tmp_path, source(), FakeEdge(), None, on_verdict=interrupt_once(interrupt)).interrupted
+    edge = FakeEdge()
+    edge.on_predict = crash
+    with pytest.raises(Crash):
+        run_line(tmp_path / "crash", source(), edge, None)
+    assert time.monotonic() - begun < 5
+    never.set()
+
+
+def interrupt_once(callback):
+    calls = itertools.count()
+    return lambda verdict, final: callback(verdict, final) if next(calls) == 0 else None
 
 
 def test_a_source_that_fails_gets_verdicts_for_all_parts_before_the_failure(tmp_path):

@@ -86,8 +86,10 @@ class EdgeSide:
                 if self._stopping.is_set():
                     return
                 name = printable(part.part_id)
-                if recorded.get(name, 0) > 0:
+                if name in recorded:
                     recorded[name] -= 1
+                    if recorded[name] == 0:
+                        del recorded[name]
                     self.skipped += 1
                     continue
                 item = _Item(part, self._clock())

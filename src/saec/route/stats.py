@@ -13,7 +13,7 @@ from saec.types import Label, Verdict, Where
 class BusyMeter:
     """Busy time of a stage: the union of the intervals in which at least one worker was inside. Thread-safe.
 
-    >>> with meter: work()
+    Workers enter and leave it as a context manager, several at a time.
     """
 
     def __init__(self, clock: Callable[[], float], *, within: BusyMeter | None = None) -> None:
