@@ -505,6 +505,24 @@ def export_undisturbed(tmp_path: Path, parts: list[Part]) -> list[object]:
     return export(tmp_path / "undisturbed")
 
 
+def test_a_run_that_ends_while_a_part_waits_for_its_scene_score_does_not_call_it_unreadable(tmp_path):
+    failed = threading.Event()
+
+    def scene(image):
+        if image[0, 0, 0] == 2:
+            failed.wait(10)
+            time.sleep(0.5)
+        return fake_scene(image)
+
+    def on_verdict(verdict, final):
+        failed.set()
+        raise RuntimeError("callback")
+
+    with pytest.raises(RuntimeError, match="callback"):
+        run_line(tmp_path, make_parts(5), FakeEdge(), None, scene=scene, on_verdict=on_verdict)
+    assert list(verdicts_of(tmp_path)) == ["00001-good"]
+
+
 def test_a_source_that_waits_for_ever_holds_up_neither_ctrl_c_nor_a_crash(tmp_path):
     never = threading.Event()
 

@@ -11,6 +11,7 @@ from saec.calibrate.fusion import Fusion
 from saec.calibrate.thresholds import Thresholds
 from saec.config import Settings
 from saec.route.budget import SharedBudget
+from saec.route.channel import Closed
 from saec.route.decide import Policy
 from saec.route.query import build_query
 from saec.route.stats import BusyMeter
@@ -129,6 +130,9 @@ class LocalJudge:
         """Return the local verdict. ``scored`` waits for the scene score, which is computed beside the detector.
 
         A detector that fails on a part leaves it ``UNREADABLE``: nobody has looked at it, and it must not pass as good.
+
+        Raises:
+            Closed: from ``scored``, when the run is over.
         """
         if self._budget is not None:
             self._budget.part()
@@ -139,6 +143,8 @@ class LocalJudge:
         begun = self._clock()
         try:
             judged = self._judge_image(part, decoded.sha256, decoded.image, scored, timings)
+        except Closed:
+            raise  # the run is over while the scene score was waited for: no fault of this part
         except Exception as error:  # noqa: BLE001 - recorded in the part's verdict
             verdict = unreadable_verdict(part, decoded.sha256, self.models, f"the edge failed: {_said(error)}")
             judged = Judged(replace(verdict, timings_ms={**timings, "edge": _ms(self._clock, begun)}))
