@@ -25,6 +25,7 @@ from route_fakes import (
     run_line,
 )
 from saec.calibrate.fusion import Fusion
+from saec.data.decode import read_with_hash
 from saec.errors import BadInput
 from saec.fleet.ledger import Ledger, read_verdicts
 from saec.route.pipeline import inspect_stream
@@ -144,6 +145,18 @@ def test_an_unreadable_image_is_recorded_as_such_and_never_good(tmp_path):
     assert (v.label, v.where, v.reason, v.p_defect) == (Label.UNREADABLE, Where.EDGE, Reason.UNREADABLE, None)
     assert v.error == "truncated file"
     assert (stats.parts, stats.unreadable) == (2, 1)
+
+
+def test_missing_empty_and_truncated_files_are_recorded_with_the_real_decoder(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    parts = [Part(name, "widget", tmp_path / name) for name in ("missing.png", "empty.png", "cut.png")]
+    stats = run_line(tmp_path, parts, FakeEdge(), FakeCloud(), decode=read_with_hash)
+    found = verdicts_of(tmp_path)
+    assert stats.unreadable == 3
+    assert {v.label for v in found.values()} == {Label.UNREADABLE}
+    assert all(v.error.startswith(str(tmp_path)) for v in found.values())
+    assert [len(found[part.part_id].sha256) for part in parts][::2] == [0, 64]
 
 
 def test_a_detector_that_fails_on_one_part_leaves_it_unjudged_and_goes_on(tmp_path):

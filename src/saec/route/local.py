@@ -97,7 +97,7 @@ def read_part(path: Path, decode: Decode, clock: Callable[[], float], busy: Busy
         try:
             sha256, image = decode(path)
         except Exception as error:  # noqa: BLE001 - recorded in the part's verdict
-            return Decoded(getattr(error, "sha256", ""), None, _said(error), _ms(clock, begun), clock())
+            return Decoded(getattr(error, "sha256", None) or "", None, _said(error), _ms(clock, begun), clock())
     return Decoded(sha256, image, None, _ms(clock, begun), clock())
 
 
@@ -206,8 +206,9 @@ def _sent_pixels(image: Image, max_side: int) -> int:
 
 
 def _said(error: Exception) -> str:
+    """An unreadable image explains itself (it carries a ``sha256``); any other error needs its type's name."""
     text = str(error)
-    return text if getattr(error, "sha256", None) is not None else f"{type(error).__name__}: {text}"
+    return text if hasattr(error, "sha256") else f"{type(error).__name__}: {text}"
 
 
 def _ms(clock: Callable[[], float], since: float) -> float:
