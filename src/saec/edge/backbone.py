@@ -1,0 +1,103 @@
+"""Patch features of an image: the shipped EfficientNet-Lite2, cut after stage 6, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from saec.errors import BadInput
+from saec.types import Image
+
+MODEL = Path(__file__).parent / "models" / "efficientnet-lite2.onnx"
+STRIDE = 32
+"""Pixels of the input per cell of the feature grid, along each side."""
+
+MAX_SIDE = 448
+"""Images are shown to the backbone with at most this side (the root of their area)."""
+
+MIN_SIDE = 96
+"""Below three cells a side there is no neighbourhood to compare."""
+
+Features = NDArray[np.float32]
+"""[rows, columns, C] float32: one vector per cell."""
+
+
+class Backbone:
+    """A feature extractor with a dynamic input size. Not thread-safe in time, but in value: ORT sessions may be shared."""
+
+    def __init__(self, model: Path = MODEL, *, threads: int = 2) -> None:
+        """Load the ONNX file; ``threads`` is the number of intra-op threads.
+
+        Raises:
+            BadInput: the file is missing or is not an ONNX model.
+        """
+        self.sha256 = file_sha256(model)
+        self.model_id = f"{model.stem}@{self.sha256[:12]}"
+        self._session = open_session(model, threads=threads)
+
+    def __call__(self, image: Image, side: int) -> Features:
+        """Return the features of ``image`` ([H, W, 3] uint8 BGR) shown at an area of about ``side`` x ``side`` pixels.
+
+        The aspect ratio is kept to the nearest multiple of the stride; nothing is cropped or padded.
+        """
+        height, width = grid_size(image.shape[0], image.shape[1], side)
+        if (height, width) != image.shape[:2]:
+            shrinks = height * width < image.shape[0] * image.shape[1]
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        (features,) = self._session.run(None, {"image": image[None]})
+        return np.asarray(features[0], dtype=np.float32)
+
+
+def grid_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return (height, width) of about ``side`` squared pixels, the same aspect ratio, both multiples of the stride."""
+    scale = side / math.sqrt(height * width)
+    return tuple(max(STRIDE, STRIDE * round(length * scale / STRIDE)) for length in (height, width))  # type: ignore[return-value]
+
+
+def working_side(sizes: list[tuple[int, int]]) -> int:
+    """Return the side at which a product's parts are shown to the backbone: their own, up to :data:`MAX_SIDE`.
+
+    Enlarging a small image only blurs it and costs time: 300 px solar cells score 0.92 AUROC at 320 px, 0.90 at 448 px.
+
+    Args:
+        sizes: (height, width) of the good images.
+    """
+    own = math.sqrt(float(np.median([height * width for height, width in sizes])))
+    return int(min(MAX_SIDE, max(MIN_SIDE, STRIDE * round(own / STRIDE))))
+
+
+def open_session(model: Path, *, threads: int) -> ort.InferenceSession:
+    """Open an ONNX file on the CPU.
+
+    Raises:
+        BadInput: the file is missing or is not an ONNX model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises half a dozen unrelated classes for a bad file
+        raise BadInput(f"not a usable ONNX model ({str(error).splitlines()[0][:120]})", where=model) from None
+
+
+@cache
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file that does not change while the process runs.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput("cannot read the model", where=path, fix=error.strerror or "check the path") from None
