@@ -34,11 +34,15 @@ class Table:
         """Return the table for a terminal."""
         table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
         for name in self.columns:
-            numeric = any(isinstance(row.get(name), int | float) for row in self.rows)
+            numeric = any(_is_figure(row.get(name)) for row in self.rows)
             table.add_column(name, justify="right" if numeric else "left")
         for row in self.rows:
             table.add_row(*(_text(row.get(name)) for name in self.columns))
         return table
+
+
+def _is_figure(cell: Cell) -> bool:
+    return isinstance(cell, int | float) or (cell is not None and cell[:1].isdecimal() and cell.endswith("%"))
 
 
 def _text(cell: Cell) -> str:

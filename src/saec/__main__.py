@@ -1,0 +1,5 @@
+"""``python -m saec``."""
+
+from saec.cli import main
+
+main()

@@ -1,0 +1,171 @@
+"""``saec bench``: side-by-side benchmarks. Each prints its tables and saves them as JSON where asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saec.cli.options import ConfigOption, SetOption, settings_of
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.evaluate.table import Table
+    from saec.types import Image
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: tables, and JSON with --json FILE.")
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also save the tables as JSON; - prints it instead.", show_default=False
+    ),
+]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="DIR", help="Use these images; made-up ones by default.", show_default=False),
+]
+
+
+@app.command()
+def scene(
+    images: ImagesOption = None,
+    limit: Annotated[int, typer.Option(help="At most this many images.")] = 40,
+    rounds: Annotated[int, typer.Option(help="Passes over the images.")] = 30,
+    json_: JsonFile = None,
+) -> None:
+    """Scene complexity against a plain OpenCV transcription of the reference's definition."""
+    from saec.evaluate.bench_scene import BENCH_SIZES, bench_scene, scene_agreement
+
+    found = _images(images, limit)
+    sizes = BENCH_SIZES if images is None else None
+    tables = [bench_scene(found, sizes=sizes, rounds=rounds)]
+    if len(found) >= 3:
+        tables.append(scene_agreement(found))
+    finish(json_, *tables)
+
+
+@app.command()
+def pipeline(
+    parts: Annotated[int, typer.Option(help="Parts of a run.")] = 300,
+    escalation: Annotated[float, typer.Option(help="Share that goes to the cloud.")] = 0.3,
+    edge_ms: Annotated[float, typer.Option(help="How long the edge takes for a part.")] = 20.0,
+    cloud_ms: Annotated[float, typer.Option(help="How long the cloud takes for a question.")] = 60.0,
+    in_flight: Annotated[int, typer.Option(help="Questions to the cloud at once.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 3,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """Wall time of the cascade against each of its branches alone, with models that take a stated time."""
+    from saec.evaluate.bench_pipeline import bench_pipeline, sleeping_line
+
+    settings = settings_of(config, set_, cloud__in_flight=in_flight)
+    line = sleeping_line(parts, escalation=escalation, edge_ms=edge_ms, cloud_ms=cloud_ms)
+    finish(json_, bench_pipeline(line, settings, repeats=repeats))
+
+
+@app.command()
+def cloud(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A running service.")],
+    images: ImagesOption = None,
+    product: Annotated[str, typer.Option(help="Product to name in the questions.")] = "part",
+    limit: Annotated[int, typer.Option(help="At most this many images.")] = 32,
+    concurrency: Annotated[str, typer.Option(help="Questions at once, one level after the other.")] = "1,2,4,8,16,32",
+    seconds: Annotated[float, typer.Option(help="Duration of each level.")] = 5.0,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """Throughput, latency and batch sizes of a running cloud service over the number of questions at once."""
+    from saec.cloud.client import HttpCloudClient, probe
+    from saec.evaluate.bench_cloud import bench_cloud, http_batches
+    from saec.types import Query
+
+    levels = _levels(concurrency)
+    settings = settings_of(config, set_, cloud__in_flight=max(levels))
+    found = _images(images, limit)
+    health = probe(url, settings.cloud)
+    queries = [
+        Query(f"bench-{i}", product, image, (image.shape[1], image.shape[0]), edge_p_defect=0.5)
+        for i, image in enumerate(found)
+    ]
+    client = HttpCloudClient(url, settings.cloud, model_id=health.model_id)
+    try:
+        tables = bench_cloud(
+            client,
+            queries,
+            http_batches(url),
+            timeout_s=settings.cloud.timeout_s,
+            concurrency=levels,
+            seconds=seconds,
+        )
+    finally:
+        client.close()
+    finish(json_, *tables)
+
+
+def finish(file: Path | None, *tables: Table) -> None:
+    """Print the tables, and save ``{"tables": [...], "environment": {...}}`` to ``file``; ``-`` prints that instead.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    import json
+
+    from saec.cli.console import print_json, print_tables, say_path
+    from saec.evaluate.run_record import environment
+    from saec.evaluate.summary import write_atomically
+
+    tree = {"tables": [table.to_json() for table in tables], "environment": environment()}
+    if file is not None and str(file) == "-":
+        print_json(tree)
+        return
+    print_tables(*tables)
+    if file is not None:
+        write_atomically(file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        say_path("Saved", file)
+
+
+def _images(folder: Path | None, limit: int) -> list[Image]:
+    """Return the first readable images of a folder, or made-up ones of several sizes."""
+    if limit < 1:
+        raise BadInput("nothing to measure with", where=f"--limit {limit}", fix="at least 1")
+    if folder is None:
+        return _made_up(limit)
+    from saec.data.decode import UnreadableImage, read_image
+    from saec.data.readers import read_dataset
+
+    found = []
+    for part in read_dataset(folder).parts[:limit]:
+        try:
+            found.append(read_image(part.path))
+        except UnreadableImage as error:
+            raise BadInput(f"unreadable image ({error.why})", where=error.path, fix="leave it out") from None
+    return found
+
+
+def _made_up(count: int) -> list[Image]:
+    """Return smooth textures with some noise, 448 pixels square: neither flat nor white noise, as parts are."""
+    import cv2
+    import numpy as np
+
+    rng = np.random.default_rng(2025)
+    images = []
+    for _ in range(count):
+        coarse = rng.integers(40, 215, (28, 28, 3), dtype=np.uint8)
+        smooth = np.asarray(cv2.resize(coarse, (448, 448), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+        grain = rng.integers(0, 12, smooth.shape, dtype=np.uint8)
+        images.append(np.asarray(cv2.add(smooth, grain), dtype=np.uint8))
+    return images
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        levels = [int(step) for step in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or min(levels) < 1:
+        raise BadInput("not levels of concurrency", where=text, fix="whole numbers from 1 on, such as 1,2,4")
+    return levels

@@ -1,0 +1,154 @@
+"""``saec demo``: the whole product on real images, with the cloud as a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saec.cli.options import ConfigOption, SetOption, dataset_of, load_station, settings_of
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.data.dataset import Dataset
+    from saec.edge.station import Station
+    from saec.evaluate.meter import Meter
+    from saec.types import CloudClient, Part
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything is put.")] = Path(
+        "runs/demo"
+    ),
+    parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 300,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Real solar cells, end to end: fit, calibrate, start the cloud, inspect in four ways, compare, report.
+
+    Images: ELPV, 2,624 photographs of solar cells by electroluminescence, two products (mono, poly), from the
+    elpv-dataset package. A second call uses data and station again; an interrupted one goes on where it was.
+    """
+    from saec.cli.console import print_tables, say, say_path
+    from saec.cli.service import service_process
+    from saec.cloud.client import HttpCloudClient, probe
+    from saec.data.elpv import build_elpv
+    from saec.evaluate.arms import comparison
+    from saec.evaluate.report import RunFolder, write_report
+    from saec.evaluate.runner import REPORT
+
+    begun = time.monotonic()
+    if parts < 8:
+        raise BadInput("too few parts to compare anything", where=f"--parts {parts}", fix="at least 8")
+    settings = settings_of(config, set_)
+    manifest = build_elpv(out / "data")
+    say(f"1  Data: {len(manifest.entries)} photographs of solar cells, split by content, the same image never twice.")
+    station = _station(out, dataset_of(out / "data", settings), settings)
+    chosen = sample(dataset_of(out / "data", settings).select(split="test").parts, parts)
+    say(f"3  Inspecting {len(chosen)} cells that nobody has seen yet, in four ways; the cloud is a process of its own.")
+    if (out / REPORT).is_file():  # the last demo came to its end: this is a new one
+        shutil.rmtree(out / "runs", ignore_errors=True)
+        (out / REPORT).unlink()
+    command = ["cloud", "serve", "--station", str(out / "station"), "--port", "0"]
+    with service_process(command, out / "cloud.log") as url:
+        client = HttpCloudClient(url, settings.cloud, model_id=probe(url, settings.cloud).model_id)
+        try:
+            summaries = run_arms(chosen, station, settings, client, out / "runs")
+        finally:
+            client.close()
+    print_tables(comparison(summaries, title=f"ELPV, {len(chosen)} solar cells, mono and poly"))
+    write_report([RunFolder.load(out / "runs" / name) for name in summaries], out / REPORT)
+    say(f"Done in {time.monotonic() - begun:.0f} s.")
+    say_path("Report (one file, opens offline in any browser):", (out / REPORT).resolve())
+
+
+def _station(out: Path, dataset: Dataset, settings: Settings) -> Station:
+    """Return the station of an earlier demo where it still fits, else fit one."""
+    from saec.cli.console import say, steps
+    from saec.cli.fit import fit_into, statement, stepper
+    from saec.cli.options import EXPERT
+
+    folder = out / "station"
+    if (folder / EXPERT).is_dir():
+        try:
+            station = load_station(folder, settings)
+            say("2  Station: the one of the last demo.")
+            return station
+        except BadInput as error:
+            say(f"2  The station of the last demo cannot be used ({error.what}): fitting another.")
+    shutil.rmtree(out / "runs", ignore_errors=True)
+    begun = time.monotonic()
+    with steps() as progress:
+        fit_into(folder, dataset, settings, expert=True, cloud=None, progress=stepper(progress))
+    station = load_station(folder, settings)
+    say(f"2  Station: fitted on good cells, calibrated on others, in {time.monotonic() - begun:.0f} s.")
+    for product in station.products:
+        say(f"   {product}: {statement(station, product)}")
+    return station
+
+
+def run_arms(
+    parts: Sequence[Part], station: Station, settings: Settings, client: CloudClient, out: Path
+) -> dict[str, dict[str, Any]]:
+    """Run edge only, cloud only, the cascade, and random routing at the cascade's ratio; return their summaries.
+
+    Raises:
+        typer.Exit: interrupted; the runs are taken up by the next call.
+    """
+    from saec.cli.live import live
+    from saec.cli.tell import tell_run
+    from saec.evaluate.arms import ARMS, arm_settings, escalated_share
+    from saec.evaluate.runner import recorded, run_parts
+
+    summaries: dict[str, dict[str, Any]] = {}
+    for name, mode in ARMS.items():
+        ratio = escalated_share(summaries["cascade"]) if mode == "random" else None
+        before = len(recorded(out / name))
+        with live(f"   {name:<10}", len(parts), before=before) as shown:
+            outcome = run_parts(
+                parts,
+                station,
+                arm_settings(settings, mode, ratio=ratio),
+                cloud=None if mode == "edge_only" else client,
+                out=out / name,
+                command=sys.argv[1:],
+                progress=shown,
+                meter=_own_meter,
+                report=False,
+            )
+        if outcome.summary is None:
+            tell_run(outcome, total=len(parts), json_=False, skipped={})
+        else:
+            summaries[name] = outcome.summary
+    return summaries
+
+
+def sample(parts: Sequence[Part], count: int) -> list[Part]:
+    """Return ``count`` parts, each product and label with its share, always the same ones, in their own order."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, part in enumerate(parts):
+        groups.setdefault((part.product, str(part.label)), []).append(i)
+    # The k-th of a group of n stands at (k + 1/2) / n: the first `count` of all, so ordered, are a fair share of each.
+    ranked = sorted((((k + 0.5) / len(members)), i) for members in groups.values() for k, i in enumerate(members))
+    return [parts[i] for i in sorted(i for _, i in ranked[:count])]
+
+
+def _own_meter() -> Meter:
+    """A meter of this process alone: the cloud service, its child here, is another machine in earnest."""
+    import psutil
+
+    from saec.evaluate.meter import Meter, ProcessUse
+
+    me = psutil.Process()
+
+    def use() -> ProcessUse:
+        times = me.cpu_times()
+        return ProcessUse(me.memory_info().rss, times.user + times.system)
+
+    return Meter(use=use)

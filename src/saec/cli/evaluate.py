@@ -1,0 +1,236 @@
+"""``saec evaluate``, ``sweep`` and ``report``: how good a station is on parts that it has never seen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saec.cli.options import (
+    CloudOption,
+    ConfigOption,
+    JsonOption,
+    ProductOption,
+    RunOption,
+    SetOption,
+    StationOption,
+    dataset_of,
+    load_station,
+    open_cloud,
+    settings_of,
+)
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.edge.station import Station
+    from saec.types import Part
+
+SWEEP = "sweep.json"
+
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="Labelled parts: the test split, or all where there are no splits.")
+]
+
+
+def evaluate(
+    data: Data,
+    station: StationOption,
+    out: RunOption,
+    edge_only: Annotated[bool, typer.Option("--edge-only", help="Ask nobody: the edge decides alone.")] = False,
+    cloud_only: Annotated[bool, typer.Option("--cloud-only", help="Ask the cloud about every part.")] = False,
+    random_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Ask about this share of the parts, drawn by lot.", show_default=False),
+    ] = None,
+    cloud: CloudOption = None,
+    product: ProductOption = None,
+    escalation: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="At most this share of the parts goes to the cloud.", show_default=False),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIGURE>=VALUE", help="Exit 1 unless it holds, as in accuracy>=0.9.", show_default=False),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(metavar="RATE", help="The gate accuracy>=RATE.", show_default=False)
+    ] = None,
+    max_escape: Annotated[
+        float | None, typer.Option(metavar="RATE", help="The gate escape_rate<=RATE.", show_default=False)
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Judge labelled parts that the station has never seen, and say how often it was right.
+
+    Refused when one of the images is among those that the station was fitted or calibrated on. A gate on any figure
+    of summary.json (dots lead inside: latency_ms.p99<=60) turns a miss into exit code 1.
+    """
+    from saec.cli.live import live
+    from saec.cli.tell import tell_run
+    from saec.evaluate.gates import parse_gate, require
+    from saec.evaluate.runner import recorded, run_parts
+
+    gates = [parse_gate(text) for text in gate or ()]
+    gates += [parse_gate(f"accuracy>={min_accuracy}")] if min_accuracy is not None else []
+    gates += [parse_gate(f"escape_rate<={max_escape}")] if max_escape is not None else []
+    mode = _mode(edge_only, cloud_only, random_ratio)
+    dials = {"route__mode": mode, "route__random_ratio": random_ratio, "route__budget_share": escalation}
+    settings = settings_of(config, set_, **dials)
+    judge = load_station(station, settings)
+    parts = labelled_parts(data, judge, settings, product)
+    _needs_cloud(mode, cloud, settings)
+    done = recorded(out)
+    before = sum(part.part_id in done for part in parts)
+    choice = "off" if settings.route.mode == "edge_only" else cloud
+    with open_cloud(choice, settings, station) as client, live("evaluating", len(parts), before=before) as shown:
+        outcome = run_parts(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown)
+    tell_run(outcome, total=len(parts), json_=json_, skipped={})
+    if outcome.summary is not None:
+        require(gates, outcome.summary)
+
+
+def sweep(
+    data: Data,
+    station: StationOption,
+    out: RunOption,
+    cloud: CloudOption = None,
+    product: ProductOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Ask edge and cloud about every part once, then try all thresholds: accuracy, time and escalation of each."""
+    from saec.cli.console import print_json, print_tables, say_path
+    from saec.cli.live import live
+    from saec.cli.tell import tell_run
+    from saec.evaluate.arms import AskAlways
+    from saec.evaluate.arms import sweep as try_thresholds
+    from saec.evaluate.report import RunFolder, write_report
+    from saec.evaluate.runner import REPORT, recorded, run_parts
+    from saec.evaluate.summary import write_atomically
+
+    settings = settings_of(config, set_, route__mode="cascade", route__budget_share="")
+    judge = load_station(station, settings)
+    parts = labelled_parts(data, judge, settings, product)
+    _needs_cloud("cloud_only", cloud, settings)
+    done = recorded(out)
+    before = sum(part.part_id in done for part in parts)
+    with open_cloud(cloud, settings, station) as client, live("asking both", len(parts), before=before) as shown:
+        outcome = run_parts(
+            parts,
+            AskAlways(judge),
+            settings,
+            cloud=client,
+            out=out,
+            command=sys.argv[1:],
+            progress=shown,
+            report=False,
+        )
+    if outcome.summary is None:
+        tell_run(outcome, total=len(parts), json_=json_, skipped={})
+        return
+    run = RunFolder.load(out)
+    busy_s, answered = outcome.summary["time"]["cloud_s"], outcome.summary["routing"]["cloud"]
+    seconds = busy_s / answered if busy_s is not None and answered else None
+    found = try_thresholds(run.verdicts, judge, cloud_seconds=seconds)
+    write_atomically(out / SWEEP, json.dumps(found.to_json(), indent=2) + "\n")
+    write_report([run], out / REPORT, sweep=found.points)
+    if json_:
+        print_json({"run": str(out), **found.to_json()})
+        return
+    print_tables(found.table())
+    say_path("Report:", out / REPORT)
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared side by side.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page. Default: report.html in the run's folder, or beside the folders of several.",
+            show_default=False,
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page about one or several runs; it opens offline."""
+    from saec.cli.console import print_json, print_tables, say_path
+    from saec.evaluate.arms import Sweep, comparison
+    from saec.evaluate.report import RunFolder, write_report
+    from saec.evaluate.runner import REPORT
+
+    loaded = [RunFolder.load(run) for run in runs]
+    page = out or (runs[0] / REPORT if len(runs) == 1 else runs[0].resolve().parent / REPORT)
+    swept = next((run / SWEEP for run in runs if (run / SWEEP).is_file()), None)
+    points = Sweep.from_json(_read_json(swept), where=swept).points if swept is not None else None
+    write_report(loaded, page, sweep=points)
+    if json_:
+        print_json({"report": str(page), "runs": [str(run) for run in runs]})
+        return
+    if len(loaded) > 1:
+        print_tables(comparison({run.name: run.summary for run in loaded}))
+    say_path("Report:", page)
+
+
+def labelled_parts(data: Path, station: Station, settings: Settings, product: str | None) -> list[Part]:
+    """Return the labelled parts to judge, none of which the station has seen.
+
+    Raises:
+        BadInput: no such parts, or one of them was used to fit or calibrate the station.
+    """
+    from dataclasses import replace
+
+    from saec.data.verify import refuse_overlap
+    from saec.evaluate.runner import check_products
+
+    dataset = dataset_of(data, settings)
+    if dataset.splits and "test" not in dataset.splits:
+        raise BadInput("the data set has splits, but no test split", where=data, fix="build one with saec data")
+    parts = [part for part in dataset.select(split="test" if dataset.splits else None) if part.label is not None]
+    if not parts:
+        raise BadInput("no labelled parts", where=data, fix="sort the images into good/ and defect/, or pass a CSV")
+    if product is not None:
+        parts = [replace(part, product=product) for part in parts]
+    check_products(parts, station)
+    refuse_overlap(station.manifest.train_sha256, parts, what="fitting the station")
+    refuse_overlap(station.manifest.calibration_sha256, parts, what="calibrating the station")
+    return parts
+
+
+def _mode(edge_only: bool, cloud_only: bool, random_ratio: float | None) -> str | None:
+    chosen = [
+        name
+        for name, wanted in (
+            ("edge_only", edge_only),
+            ("cloud_only", cloud_only),
+            ("random", random_ratio is not None),
+        )
+        if wanted
+    ]
+    if len(chosen) > 1:
+        raise BadInput("choose one of --edge-only, --cloud-only and --random-ratio")
+    return chosen[0] if chosen else None
+
+
+def _needs_cloud(mode: str | None, cloud: str | None, settings: Settings) -> None:
+    if mode in ("cloud_only", "random") and (cloud or settings.cloud.url or "off") == "off":
+        raise BadInput("this asks the cloud, and there is none", fix="pass --cloud URL or --cloud embedded")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the sweep ({error})", where=file, fix="run saec sweep again") from None
+    return tree

@@ -1,0 +1,165 @@
+"""``saec fit``: from images of good parts to a station, with what is guaranteed about it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saec.cli.options import (
+    EXPERT,
+    CloudOption,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    dataset_of,
+    open_cloud,
+    settings_of,
+)
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.data.dataset import Dataset
+    from saec.edge.station import Station
+    from saec.evaluate.table import Table
+
+Progress = Callable[[str, int, int], None]
+"""``(step, done, total)``."""
+
+
+def fit(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Good parts, and labelled defects where there are any.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="STATION", help="Folder of the station.")],
+    expert: Annotated[
+        bool, typer.Option("--expert", help="Also fit the larger model that saec cloud serve offers.")
+    ] = False,
+    cloud: CloudOption = None,
+    escape: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Prove that at most this share of defects is passed.", show_default=False),
+    ] = None,
+    overkill: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Bound the share of good parts called defect.", show_default=False),
+    ] = None,
+    escalation: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of parts the router may send to the cloud.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Fit a station from images of good parts; labelled defects calibrate it when there are any.
+
+    With --cloud, or with --expert, the cloud is asked about the calibration parts too, so that both opinions are
+    weighed as well as the data allow.
+    """
+    from saec.cli.console import print_json, print_tables, say, say_path, steps
+
+    dials = {"calibration__escape": escape, "calibration__overkill": overkill, "calibration__escalation": escalation}
+    settings = settings_of(config, set_, **dials)
+    dataset = dataset_of(data, settings)
+    dataset.require_good()
+    with steps() as progress:
+        station = fit_into(out, dataset, settings, expert=expert, cloud=cloud, progress=stepper(progress))
+    if json_:
+        print_json(_as_json(station, out))
+        return
+    print_tables(calibration_table(station))
+    for product in station.products:
+        say(f"{product}: {statement(station, product)}")
+    say_path("Station:", out)
+
+
+def fit_into(
+    out: Path, dataset: Dataset, settings: Settings, *, expert: bool, cloud: str | None, progress: Progress
+) -> Station:
+    """Fit a station and, if wanted, its expert into ``out``; half a station never lies there.
+
+    Raises:
+        BadInput: unusable images, not enough data for what was asked, or a full disk.
+    """
+    from saec.edge.fit import fit_station
+
+    if out.exists() and not out.is_dir():
+        raise BadInput("the station folder is a file", where=out, fix="pass another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BadInput("cannot make the station folder", where=out, fix=error.strerror or "check the path") from None
+    try:
+        if expert:
+            from saec.cloud.expert import fit_expert
+
+            fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
+        with open_cloud(cloud or ("embedded" if expert else "off"), settings, building) as client:
+            station = fit_station(dataset, settings, cloud=client, progress=progress)
+        station.save(out)
+        if expert:
+            shutil.rmtree(out / EXPERT, ignore_errors=True)
+            (building / EXPERT).replace(out / EXPERT)
+    except OSError as error:
+        raise BadInput("cannot write the station", where=out, fix=error.strerror or "check the disk") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return station
+
+
+def stepper(progress: Any) -> Progress:
+    """Return a callback that draws one bar for each named step of a rich ``Progress``."""
+    tasks: dict[str, Any] = {}
+
+    def step(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = progress.add_task(name, total=total)
+        progress.update(tasks[name], completed=done, total=total)
+
+    return step
+
+
+def calibration_table(station: Station) -> Table:
+    """Return one row for each product: what calibrated it and where its thresholds lie."""
+    from saec.evaluate.table import Table
+
+    rows = []
+    for product in station.products:
+        c = station.calibration(product)
+        rows.append(
+            {
+                "product": product,
+                "good": c.n_good,
+                "defects": c.n_defect,
+                "method": c.method,
+                "threshold": station.threshold(product),
+                "overkill": f"{c.overkill.bound:.1%}",
+                "escape": None if c.escape is None else f"{c.escape.bound:.1%}",
+                "to cloud": f"{c.escalation_expected:.1%}",
+            }
+        )
+    notes = (
+        "good, defects: parts it was calibrated on; overkill, escape: proven bounds; "
+        "to cloud: share of these parts that the router would escalate",
+    )
+    return Table("Calibration", tuple(rows[0]), rows, notes)
+
+
+def statement(station: Station, product: str) -> str:
+    """Return what is guaranteed about a product, in words."""
+    from saec.evaluate.summary import calibration_summary
+
+    text: str = calibration_summary({product: station.calibration(product)})["products"][product]["statement"]
+    return text
+
+
+def _as_json(station: Station, out: Path) -> dict[str, Any]:
+    from saec.evaluate.summary import calibration_summary
+
+    found = calibration_summary({product: station.calibration(product) for product in station.products})
+    return {"station": str(out), "sha256": station.manifest.sha256, **found}

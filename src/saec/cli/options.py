@@ -1,0 +1,158 @@
+"""Options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.data.dataset import Dataset
+    from saec.edge.station import Station
+    from saec.types import CloudClient, Part
+
+StationOption = Annotated[
+    Path, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
+]
+RunOption = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="DIR", help="Run folder; an interrupted run is resumed.", show_default=False),
+]
+CloudOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cloud",
+        metavar="URL|embedded|off",
+        help="Who is asked about escalated parts: a service, the station's expert in this process, or nobody. "
+        "Default: cloud.url of the settings, else nobody.",
+        show_default=False,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings as TOML.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="section.key=value", help="One setting; may be repeated.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ProductOption = Annotated[
+    str | None,
+    typer.Option("--product", metavar="NAME", help="Take all images for parts of this product.", show_default=False),
+]
+
+
+def settings_of(config: Path | None, overrides: Sequence[str] | None, **dials: object) -> Settings:
+    """Return the settings; ``dials`` are options of the command such as ``calibration__escape=0.05``, the last word.
+
+    A dial that is ``None`` was not given.
+
+    Raises:
+        BadInput: an unknown setting or a bad value.
+    """
+    from saec.config import load_settings
+
+    given = [f"{name.replace('__', '.')}={value}" for name, value in dials.items() if value is not None]
+    return load_settings(config, overrides=[*(overrides or ()), *given])
+
+
+def load_station(path: Path, settings: Settings) -> Station:
+    """Return a station.
+
+    Raises:
+        BadInput: none there, damaged, or of another version.
+    """
+    from saec.edge.station import Station
+
+    return Station.load(path, settings=settings)
+
+
+EXPERT = "expert"
+"""Folder of the expert model inside a station's."""
+
+
+@contextmanager
+def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterator[CloudClient | None]:
+    """Open what ``--cloud`` says, and check that it answers before anything is inspected.
+
+    Raises:
+        BadInput: nothing answers there, or the station has no expert.
+    """
+    choice = choice or settings.cloud.url or "off"
+    if choice == "off":
+        yield None
+        return
+    client: CloudClient
+    if choice == "embedded":
+        from saec.cloud.embedded import EmbeddedClient
+        from saec.cloud.expert import ExpertBackend
+
+        folder = station / EXPERT
+        if not folder.is_dir():
+            raise BadInput("the station has no expert model", where=station, fix="fit it with saec fit --expert")
+        client = EmbeddedClient(ExpertBackend.load(folder, settings), max_batch=settings.serve.max_batch)
+    else:
+        from saec.cloud.client import HttpCloudClient, probe
+
+        health = probe(choice, settings.cloud)
+        client = HttpCloudClient(choice, settings.cloud, model_id=health.model_id)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def read_parts(images: Sequence[Path], settings: Settings, products: Sequence[str], product: str | None) -> list[Part]:
+    """Return the parts of files, folders and data sets, each with an id that stays the same for the same arguments.
+
+    Images whose product nobody named, such as those of a plain folder, are of the station's only product. The ids of
+    one folder are paths inside it; with several arguments each id begins with its argument.
+
+    Raises:
+        BadInput: an argument that does not exist, no images, two images of one name, or an unknown product.
+    """
+    from dataclasses import replace
+
+    from saec.data.dataset import make_dataset
+    from saec.data.readers import read_dataset
+    from saec.types import Part
+
+    if product is not None and product not in products:
+        raise BadInput("the station does not know this product", where=product, fix=f"it knows {', '.join(products)}")
+    found: list[Part] = []
+    for path in images:
+        prefix = f"{path.as_posix().strip('/')}/" if len(images) > 1 else ""
+        if path.is_file() and path.suffix.lower() != ".csv":
+            one = Part(path.as_posix(), _only(products, path.resolve().parent.name), path)
+            found.append(one)
+            continue
+        dataset = read_dataset(path, max_pixels=settings.data.max_pixels)
+        unnamed = dataset.products == (dataset.name,)
+        found += [
+            replace(
+                part,
+                part_id=prefix + part.part_id,
+                product=_only(products, part.product) if unnamed else part.product,
+            )
+            for part in dataset
+        ]
+    if product is not None:
+        found = [replace(part, product=product) for part in found]
+    return list(make_dataset("images", Path(), found))
+
+
+def _only(products: Sequence[str], named: str) -> str:
+    return products[0] if len(products) == 1 else named
+
+
+def dataset_of(path: Path, settings: Settings) -> Dataset:
+    """Read a labelled data set; see :func:`saec.data.readers.read_dataset`."""
+    from saec.data.readers import read_dataset
+
+    return read_dataset(path, max_pixels=settings.data.max_pixels)

@@ -1,0 +1,65 @@
+"""A cloud service as a process of its own, for as long as a block runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from saec.errors import BadInput
+
+START_S = 60.0
+"""Longest wait for a service to warm up."""
+
+
+@contextmanager
+def service_process(command: Sequence[str], log: Path) -> Iterator[str]:
+    """Run ``saec`` with ``command`` in another process and yield the service's address once it answers.
+
+    The process is stopped at the end of the block: asked first, then killed. It is not in this process's group, so
+    that Ctrl-C reaches it only through us, after the questions under way were answered.
+
+    Raises:
+        BadInput: it ends, or does not answer in time; its output is in ``log``.
+    """
+    ready = log.with_suffix(".ready.json")
+    ready.unlink(missing_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
+            [sys.executable, "-m", "saec", *command, "--ready-file", str(ready)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield _address(process, ready, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        ready.unlink(missing_ok=True)
+
+
+def _address(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
+    give_up = time.monotonic() + START_S
+    while not ready.is_file():
+        if process.poll() is not None:
+            raise BadInput(f"the cloud service ended ({_last_line(log)})", where=log)
+        if time.monotonic() > give_up:
+            raise BadInput(f"the cloud service was not ready after {START_S:.0f} s", where=log)
+        time.sleep(0.02)
+    url: str = json.loads(ready.read_text(encoding="utf-8"))["url"]
+    return url
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no word why"
