@@ -5,12 +5,16 @@ The detector compares a part with the mean of the good ones, block by block. All
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -24,6 +28,9 @@ from saec.errors import BadInput
 from saec.route.decide import Policy
 from saec.scene import scene_complexity
 from saec.types import Box, CloudClient, EdgeResult, Evidence, Image, Label, Opinion, Query
+
+if TYPE_CHECKING:
+    import pytest
 
 SIDE = 64
 
@@ -47,7 +54,7 @@ def put(path: Path, image: Image) -> Path:
 
 
 def tree(root: Path, *, products: Sequence[str] = ("bolt",), train: int = 12, other: int = 12) -> Path:
-    """``<product>/{train/good,calibration/{good,defect},test/{good,defect}}`` with ``other`` images in each of the last."""
+    """``<product>/{train/good,calibration/{good,defect},test/{good,defect}}``, ``other`` images in each but train."""
     for index, product in enumerate(products):
         number = 0
         for folder, count in (
@@ -93,6 +100,7 @@ class Station:
         self._route = RouteSettings()
 
     def predict(self, image: Image, product: str) -> EdgeResult:
+        time.sleep(float(os.environ.get("FAKE_EDGE_S", "0")))
         heat = np.abs(blocks(image) - self._means[product])
         score = float(heat.max())
         p = float(self._calibrations[product].score.p_defect(score))
@@ -177,25 +185,26 @@ def fit_station(
         scores = {
             k: [float(np.abs(blocks(i) - mean).max()) for _, i in images] for k, images in (("g", good), ("b", bad))
         }
-        ask = (
-            (lambda image: cloud.judge(Query("c", product, image, (SIDE, SIDE)), deadline_s=5).p_defect)
-            if cloud
-            else None
-        )
+
+        def ask(found: list[tuple[str, Image]], product: str = product) -> list[float] | None:
+            if cloud is None:
+                return None
+            return [cloud.judge(Query("c", product, i, (SIDE, SIDE)), deadline_s=5).p_defect for _, i in found]
+
         data = CalibrationData(
             scores["g"],
             [scene_complexity(i).score for _, i in good],
             scores["b"],
             [scene_complexity(i).score for _, i in bad],
-            [ask(i) for _, i in good] if ask else None,
-            [ask(i) for _, i in bad] if ask else None,
+            ask(good),
+            ask(bad),
         )
         means[product], calibrations[product] = mean.tolist(), calibrate(data, settings.calibration)
         trained += [sha256 for sha256, _ in train]
         calibrated += [sha256 for sha256, _ in good + bad]
         if progress:
             progress("fitting", number + 1, len(dataset.products))
-    digest = __import__("hashlib").sha256(json.dumps(means).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(means).encode()).hexdigest()
     return Station(means, calibrations, Manifest(digest, dataset.name, "0.1.0", tuple(trained), tuple(calibrated)))
 
 
@@ -221,20 +230,27 @@ def fit_expert(dataset: Dataset, settings: Settings, *, out: Path, progress: obj
     (out / "expert.json").write_text("{}")
 
 
-def install() -> None:
-    """Put the fakes in the place of the rooms that need weights."""
+def modules() -> dict[str, types.ModuleType]:
+    """The fakes under the names of the rooms that need weights."""
+    found = {}
     for name, members in (
         ("saec.edge.station", {"Station": Station}),
         ("saec.edge.fit", {"fit_station": fit_station}),
         ("saec.cloud.expert", {"ExpertBackend": ExpertBackend, "fit_expert": fit_expert}),
     ):
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        sys.modules[name] = module
+        found[name] = types.ModuleType(name)
+        found[name].__dict__.update(members)
+    return found
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the fakes in their places for the length of a test."""
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 if __name__ == "__main__":
-    install()
+    sys.modules.update(modules())
     from saec.cli import main
 
     main()

@@ -109,8 +109,7 @@ def run_arms(
     summaries: dict[str, dict[str, Any]] = {}
     for name, mode in ARMS.items():
         ratio = escalated_share(summaries["cascade"]) if mode == "random" else None
-        before = len(recorded(out / name))
-        with live(f"   {name:<10}", len(parts), before=before) as shown:
+        with live(f"   {name:<10}", len(parts), done=recorded(out / name)) as shown:
             outcome = run_parts(
                 parts,
                 station,

@@ -85,10 +85,11 @@ def evaluate(
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     _needs_cloud(mode, cloud, settings)
-    done = recorded(out)
-    before = sum(part.part_id in done for part in parts)
     choice = "off" if settings.route.mode == "edge_only" else cloud
-    with open_cloud(choice, settings, station) as client, live("evaluating", len(parts), before=before) as shown:
+    with (
+        open_cloud(choice, settings, station) as client,
+        live("evaluating", len(parts), done=recorded(out)) as shown,
+    ):
         outcome = run_parts(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
     if outcome.summary is not None:
@@ -119,9 +120,10 @@ def sweep(
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     _needs_cloud("cloud_only", cloud, settings)
-    done = recorded(out)
-    before = sum(part.part_id in done for part in parts)
-    with open_cloud(cloud, settings, station) as client, live("asking both", len(parts), before=before) as shown:
+    with (
+        open_cloud(cloud, settings, station) as client,
+        live("asking both", len(parts), done=recorded(out)) as shown,
+    ):
         outcome = run_parts(
             parts,
             AskAlways(judge),

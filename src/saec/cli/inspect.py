@@ -59,26 +59,28 @@ def inspect(
     from saec.cli.live import live
     from saec.cli.tell import tell_run
     from saec.cli.watch import Watcher, product_chooser
-    from saec.evaluate.runner import check_products, recorded, run_parts
+    from saec.evaluate.runner import check_products, contents, recorded, run_parts
 
     settings = settings_of(config, set_, route__budget_share=escalation)
     _refuse_inside(out, images)
     judge = load_station(station, settings)
     done = recorded(out)
     watcher = None
+    total = None
     if watch:
         if len(images) != 1:
             raise BadInput("one folder can be watched", where=" ".join(map(str, images)), fix="start one run for each")
-        watcher = Watcher(images[0], product_chooser(judge.products, product), done)
-        total, before = None, 0
+        watcher = Watcher(images[0], product_chooser(judge.products, product), contents(done))
     else:
         parts = read_parts(images, settings, judge.products, product)
         check_products(parts, judge)
-        total, before = len(parts), sum(part.part_id in done for part in parts)
+        total = len(parts)
+        names = {part.part_id for part in parts}
+        done = [verdict for verdict in done if verdict.part_id in names]
     with (
         open_cloud(cloud, settings, station) as client,
         stopping_on_sigterm(),
-        live("watching" if watch else "inspecting", total, before=before) as shown,
+        live("watching" if watch else "inspecting", total, done=done) as shown,
     ):
         if watcher is not None:
             watcher.on_skip = shown.skip

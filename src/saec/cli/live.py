@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -32,6 +31,8 @@ class Live:
     defects: int = 0
     unreadable: int = 0
     escalated: int = 0
+    waiting: int = 0
+    """Questions to the cloud that are not answered yet."""
     fallbacks: int = 0
     skipped: int = 0
 
@@ -39,6 +40,7 @@ class Live:
         """Take one verdict: a local one, or an amendment of an earlier one."""
         amendment = verdict.where in (Where.CLOUD, Where.FALLBACK)
         if amendment:
+            self.waiting -= 1
             self.fallbacks += verdict.where is Where.FALLBACK
             self.defects += (verdict.label is Label.DEFECT) - (verdict.edge_label is Label.DEFECT)
         else:
@@ -46,7 +48,21 @@ class Live:
             self.defects += verdict.label is Label.DEFECT
             self.unreadable += verdict.label is Label.UNREADABLE
             self.escalated += not final
+            self.waiting += not final
         self.progress.update(self.task, advance=0 if amendment else 1, counts=self.counts)
+
+    def recall(self, verdicts: Iterable[Verdict]) -> None:
+        """Count what an interrupted run has recorded."""
+        for v in verdicts:
+            self.parts += 1
+            self.defects += v.label is Label.DEFECT
+            self.unreadable += v.label is Label.UNREADABLE
+            # With an open question the edge still has the last word, and the reason is why the cloud was wanted.
+            is_open = v.where is Where.EDGE and v.escalated_for is v.reason
+            self.waiting += is_open
+            self.escalated += is_open or v.where is not Where.EDGE
+            self.fallbacks += v.where is Where.FALLBACK
+        self.progress.update(self.task, completed=self.parts, counts=self.counts if self.parts else "")
 
     def skip(self) -> None:
         """Count a file that will not be inspected."""
@@ -57,8 +73,8 @@ class Live:
     def counts(self) -> str:
         """What was counted, in words; what is zero and rare is left out."""
         rare = (("fallback", self.fallbacks), ("unreadable", self.unreadable), ("skipped", self.skipped))
-        shown = [f"{self.defects} defect", f"{self.escalated} to cloud", *(f"{n} {name}" for name, n in rare if n)]
-        return " · ".join(shown)
+        sent = f"{self.escalated} to cloud" + (f" ({self.waiting} open)" if self.waiting else "")
+        return " · ".join([f"{self.defects} defect", sent, *(f"{n} {name}" for name, n in rare if n)])
 
 
 class _Speed(ProgressColumn):
@@ -67,9 +83,24 @@ class _Speed(ProgressColumn):
         return Text("– parts/s" if speed is None else f"{speed:.1f} parts/s")
 
 
+class _Left(ProgressColumn):
+    """How long it still takes; once done, how long it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"in {_clock(task.finished_time or 0.0)}")
+        return Text("" if task.time_remaining is None else f"{_clock(task.time_remaining)} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
-def live(name: str, total: int | None, *, before: int = 0) -> Iterator[Live]:
-    """Show a run of ``total`` parts (``None``: endless), ``before`` of which are recorded already.
+def live(name: str, total: int | None, *, done: Sequence[Verdict] = ()) -> Iterator[Live]:
+    """Show a run of ``total`` parts (``None``: endless), of which ``done`` are recorded already.
 
     Silent where stderr is no terminal, so that a log has no half-drawn bars.
     """
@@ -89,8 +120,9 @@ def live(name: str, total: int | None, *, before: int = 0) -> Iterator[Live]:
             TextColumn("{task.completed}/{task.total}"),
             _Speed(),
             TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            _Left(),
         )
     with Progress(*columns, console=error, disable=not error.is_terminal) as progress:
-        task = progress.add_task(name, total=total, completed=before, counts="")
-        yield Live(progress, task)
+        shown = Live(progress, progress.add_task(name, total=total, counts=""))
+        shown.recall(done)
+        yield shown

@@ -31,7 +31,7 @@ from saec.evaluate.report import RunFolder, write_report
 from saec.evaluate.report_images import encode_heatmap
 from saec.evaluate.run_record import StationRecord, manifest, now
 from saec.evaluate.summary import RunTimes, calibration_summary, summarise, write_atomically, write_summary
-from saec.fleet.ledger import Ledger, read_verdicts
+from saec.fleet.ledger import Ledger
 from saec.route.decide import Policy
 from saec.route.local import Decode, Edge, Scene
 from saec.route.pipeline import OnVerdict, inspect_stream
@@ -135,9 +135,9 @@ def run_parts(
     except OSError as error:
         raise BadInput("cannot make the run folder", where=out, fix=error.strerror or "check the path") from None
     with Ledger(out / LEDGER) as ledger:
-        hashes = recorded(out)
-        _check_contents(known, hashes, out)
-        before = sum(map(len, hashes.values()))
+        earlier = list(ledger.verdicts())
+        _check_contents(known, contents(earlier), out)
+        before = len(earlier)
         finished = (out / MANIFEST).is_file()
         line = _KeepsHeatmaps(station, decode, out / HEATMAPS)
         with meter() as metered:
@@ -193,16 +193,27 @@ def check_products(parts: Iterable[Part], station: Station) -> None:
         )
 
 
-def recorded(out: Path) -> dict[str, set[str]]:
-    """Return the content hashes of each part that a run folder has a verdict of; nothing where there is no run yet.
-
-    There is more than one where a name came again with other content; it is ``""`` for a file that could not be read.
+def recorded(out: Path) -> list[Verdict]:
+    """Return the verdicts that a run folder has already, in the order of the parts; none where there is no run yet.
 
     Raises:
-        BadInput: a damaged ledger.
+        BadInput: a damaged ledger, or one that another process is writing.
+    """
+    if not (out / LEDGER).is_file():
+        return []
+    with Ledger(
+        out / LEDGER
+    ) as ledger:  # as a writer: a run killed in its first moments has left a file without tables
+        return list(ledger.verdicts())
+
+
+def contents(verdicts: Iterable[Verdict]) -> dict[str, set[str]]:
+    """Return the content hashes of each part: more than one where a name came again with other content.
+
+    A file that could not be read has the hash ``""``.
     """
     found: dict[str, set[str]] = {}
-    for verdict in read_verdicts(out / LEDGER) if (out / LEDGER).is_file() else ():
+    for verdict in verdicts:
         found.setdefault(verdict.part_id, set()).add(verdict.sha256)
     return found
 
@@ -210,7 +221,8 @@ def recorded(out: Path) -> dict[str, set[str]]:
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BadInput("the run folder is a file", where=out, fix="pass another --out")
-    if out.is_dir() and not (out / LEDGER).is_file() and any(entry.name != HEATMAPS for entry in out.iterdir()):
+    ours = (HEATMAPS, LEDGER)  # a run killed in its first moments has left no more than the ledger's lock
+    if out.is_dir() and not (out / LEDGER).is_file() and any(not e.name.startswith(ours) for e in out.iterdir()):
         raise BadInput("the folder is neither empty nor a run", where=out, fix="pass another --out")
 
 
