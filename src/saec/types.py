@@ -182,7 +182,7 @@ class Verdict:
     ``label`` and ``p_defect`` are final; ``edge_*`` and ``cloud_*`` keep what each arm said. ``amended_by`` is the
     model id that changed or confirmed the local verdict, or ``None``. ``error`` says why an image was unreadable or why
     the cloud fell back. ``truth`` is the ground-truth label when it is known. ``escalated_for`` keeps why the cloud was
-    wanted where ``reason`` had to say something else (a fallback, a spent budget, no cloud); ``None``: it was not wanted.
+    wanted where ``reason`` had to say something else (a fallback, a spent budget, no cloud); ``None``: not wanted.
     """
 
     part_id: str
@@ -208,13 +208,24 @@ class Verdict:
     escalated_for: Reason | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a detector sees in one image, before calibration.
+
+    ``score`` is the raw anomaly score, unbounded, larger is worse. ``confidences`` are (s_max, margin, entropy) of the
+    detector's own classes where it has any; without them they are those of the calibrated P(defect).
+    """
+
+    score: float
+    heatmap: Heatmap | None = None
+    confidences: tuple[float, float, float] | None = None
+
+
 class Detector(Protocol):
-    """An edge model: raw anomaly scores and heatmaps, not yet calibrated."""
+    """An edge model of one product, not yet calibrated."""
 
-    model_id: str
-
-    def score(self, images: Sequence[Image]) -> list[tuple[float, Heatmap | None]]:
-        """Return (anomaly score, heatmap or None) for each image."""
+    def observe(self, image: Image) -> Observation:
+        """Look at one image of any size."""
         ...
 
 

@@ -5,7 +5,7 @@ Also the record of both arms on every part, from which any threshold can be trie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saec.calibrate import Arms, Calibration, Fusion, SweepPoint, threshold_sweep
+from saec.calibrate.policy import Mode, Policy
 from saec.calibrate.sweep import SCENE_QUANTILES
 from saec.config import RouteSettings, Settings
 from saec.errors import BadInput
 from saec.evaluate.run_record import StationRecord
 from saec.evaluate.runner import Station
 from saec.evaluate.table import Cell, Table
-from saec.route.decide import Mode, Policy
 from saec.types import EdgeResult, Image, Label, Verdict
 
 ARMS: Mapping[str, Mode] = {
@@ -44,31 +44,39 @@ def escalated_share(summary: Mapping[str, Any]) -> float | None:
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]], *, title: str = "Comparison") -> Table:
-    """Return one row for each named run: quality, escalation, time, latency of the local verdict, uplink."""
-    rows: list[Mapping[str, Cell]] = []
-    for name, s in summaries.items():
-        share = escalated_share(s)
-        rows.append(
-            {
-                "run": name,
-                "parts": s["n"],
-                "accuracy": _percent(s["accuracy"]),
-                "balanced": _percent(s["balanced_accuracy"]),
-                "AUROC": None if s["auroc"] is None else f"{s['auroc']:.4f}",
-                "escape": _percent(s["escape_rate"]),
-                "overkill": _percent(s["overkill_rate"]),
-                "to cloud": _percent(share),
-                "wall s": s["time"]["wall_s"],
-                "p50 ms": s["latency_ms"]["p50"],
-                "p99 ms": s["latency_ms"]["p99"],
-                "uplink MB": round(s["uplink_bytes"] / 1e6, 2),
-            }
-        )
+    """Return one column for each named run and one row for each figure, so that it fits a narrow terminal."""
+    rows: list[Mapping[str, Cell]] = [
+        {"": name} | {run: value(s) for run, s in summaries.items()} for name, value in COMPARED
+    ]
     fallbacks = sum(s["routing"]["fallback"] for s in summaries.values())
-    notes = ["p50, p99: from taking a part up to its local verdict"]
+    notes = ["local verdict: from taking a part up until its own verdict is recorded, whatever the cloud does"]
     if fallbacks:
         notes.append(f"{fallbacks} questions came to nothing; the edge's verdict stood (reasons in summary.json)")
-    return Table(title, tuple(rows[0]) if rows else ("run",), rows, notes)
+    return Table(title, ("", *summaries), rows, notes)
+
+
+def _percent(rate: float | None) -> str | None:
+    return None if rate is None else f"{rate:.1%}"
+
+
+def _uplink_mb(s: Mapping[str, Any]) -> float:
+    return round(float(s["uplink_bytes"]) / 1e6, 2)
+
+
+COMPARED: Sequence[tuple[str, Callable[[Mapping[str, Any]], Cell]]] = (
+    ("accuracy", lambda s: _percent(s["accuracy"])),
+    ("balanced accuracy", lambda s: _percent(s["balanced_accuracy"])),
+    ("AUROC", lambda s: None if s["auroc"] is None else f"{s['auroc']:.4f}"),
+    ("escape (defects passed)", lambda s: _percent(s["escape_rate"])),
+    ("overkill (good rejected)", lambda s: _percent(s["overkill_rate"])),
+    ("put to the cloud", lambda s: _percent(escalated_share(s))),
+    ("wall time, s", lambda s: s["time"]["wall_s"]),
+    ("local verdict p50, ms", lambda s: s["latency_ms"]["p50"]),
+    ("local verdict p99, ms", lambda s: s["latency_ms"]["p99"]),
+    ("uplink, MB", _uplink_mb),
+    ("energy, mWh a correct part", lambda s: s["energy"]["mwh_per_correct"]),
+)
+"""Figures of a comparison and where they are in ``summary.json``."""
 
 
 class AskAlways:
@@ -248,7 +256,3 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
     known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else None
-
-
-def _percent(rate: float | None) -> str | None:
-    return None if rate is None else f"{rate:.1%}"

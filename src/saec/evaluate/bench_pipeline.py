@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from saec.calibrate.fusion import Fusion
+from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.config import Settings
 from saec.errors import BadInput
 from saec.evaluate.table import Table
 from saec.fleet.ledger import Ledger
-from saec.route.decide import Policy
 from saec.route.local import Decode, Edge, Scene
 from saec.route.pipeline import inspect_stream
 from saec.route.stats import PipelineStats

@@ -22,6 +22,7 @@ from typing import Any, Protocol, Self
 import cv2
 
 from saec.calibrate import Calibration, Fusion
+from saec.calibrate.policy import Policy
 from saec.config import RouteSettings, Settings
 from saec.data.decode import read_with_hash
 from saec.data.hashing import sha256_file
@@ -32,7 +33,6 @@ from saec.evaluate.report_images import encode_heatmap
 from saec.evaluate.run_record import StationRecord, manifest, now
 from saec.evaluate.summary import RunTimes, calibration_summary, summarise, write_atomically, write_summary
 from saec.fleet.ledger import Ledger
-from saec.route.decide import Policy
 from saec.route.local import Decode, Edge, Scene
 from saec.route.pipeline import OnVerdict, inspect_stream
 from saec.route.stats import PipelineStats
@@ -62,7 +62,7 @@ class Station(Edge, Protocol):
         ...
 
     def threshold(self, product: str) -> float:
-        """Return the raw anomaly score from which on the edge calls a defect."""
+        """Return the level of the anomaly map above which good parts hardly ever reach."""
         ...
 
     def with_route(self, route: RouteSettings) -> Self:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from saec.calibrate.fusion import Fusion
+from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.config import Settings
 from saec.route.budget import SharedBudget
 from saec.route.channel import Closed
-from saec.route.decide import Policy
 from saec.route.query import build_query
 from saec.route.stats import BusyMeter
 from saec.route.verdicts import kept_verdict, local_verdict, unreadable_verdict

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from saec.calibrate.fusion import Fusion
+from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
-from saec.route.decide import Policy, decide, edge_label, final_label
+from saec.route.decide import decide, edge_label, final_label
 from saec.types import EdgeResult, Evidence, Label, Opinion, Part, Reason, SceneScore, Verdict, Where
 
 
