@@ -20,12 +20,12 @@ import cv2
 import numpy as np
 
 from saec.calibrate import Calibration, CalibrationData, Fusion, calibrate, confidences
+from saec.calibrate.policy import Policy
 from saec.config import RouteSettings, Settings
 from saec.data.dataset import Dataset
 from saec.data.decode import read_with_hash
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
-from saec.route.decide import Policy
 from saec.scene import scene_complexity
 from saec.types import Box, CloudClient, EdgeResult, Evidence, Image, Label, Opinion, Query
 

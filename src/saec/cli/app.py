@@ -40,6 +40,7 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Edge-cloud visual inspection: a light model judges every part, a calibrated router asks a larger one only "
     "about the parts worth it. Exit codes: 0 done, 1 a gate failed, 2 bad input.",

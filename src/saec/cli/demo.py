@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +62,8 @@ def demo(
             summaries = run_arms(chosen, station, settings, client, out / "runs")
         finally:
             client.close()
-    print_tables(comparison(summaries, title=f"ELPV, {len(chosen)} solar cells, mono and poly"))
+    print_tables(comparison(summaries, title=f"{len(chosen)} solar cells of ELPV, mono and poly"))
+    say(verdict(summaries))
     write_report([RunFolder.load(out / "runs" / name) for name in summaries], out / REPORT)
     say(f"Done in {time.monotonic() - begun:.0f} s.")
     say_path("Report (one file, opens offline in any browser):", (out / REPORT).resolve())
@@ -93,10 +94,24 @@ def _station(out: Path, dataset: Dataset, settings: Settings) -> Station:
     return station
 
 
+def verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in one sentence what the cloud was worth."""
+    from saec.evaluate.arms import escalated_share
+
+    right = {name: summary["accuracy"] for name, summary in summaries.items()}
+    return (
+        f"The cascade is right in {right['cascade']:.1%} of the cases and asks the cloud about "
+        f"{escalated_share(summaries['cascade']):.0%} of them; the edge alone is right in {right['edge-only']:.1%}, "
+        f"the cloud alone in {right['cloud-only']:.1%}, and as many questions drawn by lot give {right['random']:.1%}."
+    )
+
+
 def run_arms(
     parts: Sequence[Part], station: Station, settings: Settings, client: CloudClient, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Run edge only, cloud only, the cascade, and random routing at the cascade's ratio; return their summaries.
+
+    The cascade's share of the cloud is not only calibrated but also bounded: never more than the dial says.
 
     Raises:
         typer.Exit: interrupted; the runs are taken up by the next call.
@@ -106,14 +121,16 @@ def run_arms(
     from saec.evaluate.arms import ARMS, arm_settings, escalated_share
     from saec.evaluate.runner import recorded, run_parts
 
+    bounded = settings.route.model_copy(update={"budget_share": settings.calibration.escalation})
     summaries: dict[str, dict[str, Any]] = {}
     for name, mode in ARMS.items():
         ratio = escalated_share(summaries["cascade"]) if mode == "random" else None
+        of_arm = settings.model_copy(update={"route": bounded}) if mode == "cascade" else settings
         with live(f"   {name:<10}", len(parts), done=recorded(out / name)) as shown:
             outcome = run_parts(
                 parts,
                 station,
-                arm_settings(settings, mode, ratio=ratio),
+                arm_settings(of_arm, mode, ratio=ratio),
                 cloud=None if mode == "edge_only" else client,
                 out=out / name,
                 command=sys.argv[1:],

@@ -72,7 +72,7 @@ def evaluate(
     of summary.json (dots lead inside: latency_ms.p99<=60) turns a miss into exit code 1.
     """
     from saec.cli.live import live
-    from saec.cli.tell import tell_run
+    from saec.cli.tell import refuse_unreadable, tell_run
     from saec.evaluate.gates import parse_gate, require
     from saec.evaluate.runner import recorded, run_parts
 
@@ -93,6 +93,7 @@ def evaluate(
         outcome = run_parts(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
     if outcome.summary is not None:
+        refuse_unreadable(outcome.summary, [data], out)
         require(gates, outcome.summary)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +29,25 @@ if TYPE_CHECKING:
     from saec.data.dataset import Dataset
     from saec.edge.station import Station
     from saec.evaluate.table import Table
+    from saec.types import CloudClient
+
+
+class Rule(StrEnum):
+    """How to read a classifier; see :mod:`saec.edge.classifier`."""
+
+    NORMALITY = "normality"
+    BINARY = "binary"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A classifier to take as the edge."""
+
+    model: Path
+    rule: Literal["normality", "binary"]
+    side: int
+    defect_class: int
+
 
 Progress = Callable[[str, int, int], None]
 """``(step, done, total)``."""
@@ -39,6 +60,22 @@ def fit(
         bool, typer.Option("--expert", help="Also fit the larger model that saec cloud serve offers.")
     ] = False,
     cloud: CloudOption = None,
+    classifier: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.onnx",
+            help="Take this image classifier as the edge instead, as SAEC's baseline does.",
+            show_default=False,
+        ),
+    ] = None,
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            help="How to read the classifier: sure of any class means good, or one of its classes means defect."
+        ),
+    ] = Rule.NORMALITY,
+    side: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the classifier's input.")] = 224,
+    defect_class: Annotated[int, typer.Option(metavar="INDEX", help="The class that means defect (binary).")] = 1,
     escape: Annotated[
         float | None,
         typer.Option(metavar="RATE", help="Prove that at most this share of defects is passed.", show_default=False),
@@ -66,8 +103,11 @@ def fit(
     settings = settings_of(config, set_, **dials)
     dataset = dataset_of(data, settings)
     dataset.require_good()
+    how = Edge(classifier, rule.value, side, defect_class) if classifier is not None else None
     with steps() as progress:
-        station = fit_into(out, dataset, settings, expert=expert, cloud=cloud, progress=stepper(progress))
+        station = fit_into(
+            out, dataset, settings, expert=expert, cloud=cloud, classifier=how, progress=stepper(progress)
+        )
     if json_:
         print_json(_as_json(station, out))
         return
@@ -78,15 +118,20 @@ def fit(
 
 
 def fit_into(
-    out: Path, dataset: Dataset, settings: Settings, *, expert: bool, cloud: str | None, progress: Progress
+    out: Path,
+    dataset: Dataset,
+    settings: Settings,
+    *,
+    expert: bool,
+    cloud: str | None,
+    progress: Progress,
+    classifier: Edge | None = None,
 ) -> Station:
     """Fit a station and, if wanted, its expert into ``out``; half a station never lies there.
 
     Raises:
         BadInput: unusable images, not enough data for what was asked, or a full disk.
     """
-    from saec.edge.fit import fit_station
-
     if out.exists() and not out.is_dir():
         raise BadInput("the station folder is a file", where=out, fix="pass another --out")
     try:
@@ -100,7 +145,7 @@ def fit_into(
 
             fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
         with open_cloud(cloud or ("embedded" if expert else "off"), settings, building) as client:
-            station = fit_station(dataset, settings, cloud=client, progress=progress)
+            station = _fit(dataset, settings, client, classifier, progress)
         station.save(out)
         if expert:
             shutil.rmtree(out / EXPERT, ignore_errors=True)
@@ -110,6 +155,18 @@ def fit_into(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return station
+
+
+def _fit(
+    dataset: Dataset, settings: Settings, cloud: CloudClient | None, classifier: Edge | None, progress: Progress
+) -> Station:
+    from saec.edge.classifier import ClassifierSpec
+    from saec.edge.fit import fit_classifier_station, fit_station
+
+    if classifier is None:
+        return fit_station(dataset, settings, cloud=cloud, progress=progress)
+    spec = ClassifierSpec(rule=classifier.rule, side=classifier.side, defect_class=classifier.defect_class)
+    return fit_classifier_station(dataset, settings, classifier.model, spec, cloud=cloud, progress=progress)
 
 
 def stepper(progress: Any) -> Progress:
@@ -126,9 +183,9 @@ def stepper(progress: Any) -> Progress:
 
 def calibration_table(station: Station) -> Table:
     """Return one row for each product: what calibrated it and where its thresholds lie."""
-    from saec.evaluate.table import Table
+    from saec.evaluate.table import Cell, Table
 
-    rows = []
+    rows: list[Mapping[str, Cell]] = []
     for product in station.products:
         c = station.calibration(product)
         rows.append(
@@ -137,7 +194,7 @@ def calibration_table(station: Station) -> Table:
                 "good": c.n_good,
                 "defects": c.n_defect,
                 "method": c.method,
-                "threshold": station.threshold(product),
+                "threshold": c.overkill.threshold,
                 "overkill": f"{c.overkill.bound:.1%}",
                 "escape": None if c.escape is None else f"{c.escape.bound:.1%}",
                 "to cloud": f"{c.escalation_expected:.1%}",

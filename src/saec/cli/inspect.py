@@ -57,7 +57,7 @@ def inspect(
     twice. The run folder may grow: new images under new names are added to it.
     """
     from saec.cli.live import live
-    from saec.cli.tell import tell_run
+    from saec.cli.tell import refuse_unreadable, tell_run
     from saec.cli.watch import Watcher, product_chooser
     from saec.evaluate.runner import check_products, contents, recorded, run_parts
 
@@ -96,22 +96,6 @@ def inspect(
     tell_run(outcome, total=total, json_=json_, skipped=watcher.skipped if watcher is not None else {})
     if outcome.summary is not None and not watch:
         refuse_unreadable(outcome.summary, images, out)
-
-
-def refuse_unreadable(summary: dict[str, int], images: Sequence[Path], out: Path) -> None:
-    """Refuse a run in which nothing could be looked at; its folder says of each part why.
-
-    Raises:
-        BadInput: every single part was unreadable.
-    """
-    from saec.evaluate.runner import PREDICTIONS
-
-    if summary["n"] and summary["unreadable"] == summary["n"]:
-        raise BadInput(
-            f"none of the {summary['n']} images could be read",
-            where=", ".join(map(str, images)),
-            fix=f"each one's reason is in {out / PREDICTIONS}",
-        )
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from saec.errors import BadInput
 
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "saec")
+"""How this very program is called."""
+
 START_S = 60.0
 """Longest wait for a service to warm up."""
 
@@ -30,7 +33,7 @@ def service_process(command: Sequence[str], log: Path) -> Iterator[str]:
     ready.unlink(missing_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module, no shell
-            [sys.executable, "-m", "saec", *command, "--ready-file", str(ready)],
+            [*PROGRAM, *command, "--ready-file", str(ready)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

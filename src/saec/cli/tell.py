@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from saec.cli.codes import INTERRUPTED
 from saec.cli.console import console, print_json, print_tables, say, say_path
+from saec.errors import BadInput
 from saec.evaluate.runner import LEDGER, PREDICTIONS, REPORT, Outcome
 from saec.evaluate.table import Cell, Table
 from saec.fleet.ledger import read_verdicts
@@ -47,6 +49,20 @@ def tell_run(outcome: Outcome, *, total: int | None, json_: bool, skipped: Mappi
         say_path("Report:  ", outcome.folder / REPORT)
 
 
+def refuse_unreadable(summary: Mapping[str, Any], images: Sequence[Path], out: Path) -> None:
+    """Refuse a run in which nothing could be looked at; its folder says of each part why.
+
+    Raises:
+        BadInput: every single part was unreadable.
+    """
+    if summary["n"] and summary["unreadable"] == summary["n"]:
+        raise BadInput(
+            f"none of the {summary['n']} images could be read",
+            where=", ".join(map(str, images)),
+            fix=f"each one's reason is in {out / PREDICTIONS}",
+        )
+
+
 def run_table(summary: Mapping[str, Any], called: Mapping[str, Counter[Label]]) -> Table:
     """Return one row for each product, and one for all where there are several."""
     groups: list[tuple[str, Mapping[str, Any], Counter[Label]]] = [
@@ -55,9 +71,10 @@ def run_table(summary: Mapping[str, Any], called: Mapping[str, Counter[Label]]) 
     if len(groups) > 1:
         groups.append(("all", summary, sum(called.values(), Counter())))
     rows = [_row(name, figures, counts) for name, figures, counts in groups]
-    known = summary["labelled"] > 0
-    columns = ["product", "parts", "good", "defect", "unreadable", "to cloud", "fallback"]
-    columns += ["accuracy", "escape", "overkill", "AUROC"] if known else []
+    columns = ["product", "parts", "good", "defect"]
+    columns += ["unreadable"] if summary["unreadable"] else []
+    columns += ["to cloud"] + (["fallback"] if summary["routing"]["fallback"] else [])
+    columns += ["accuracy", "escape", "overkill", "AUROC"] if summary["labelled"] else []
     return Table("Verdicts", columns, rows)
 
 

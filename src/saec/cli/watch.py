@@ -86,7 +86,9 @@ class Watcher:
                 part = self._part(path)
                 if part is not None:
                     yield part
-        for path in [path for path in self._waiting if path not in there]:
+        for path in self._seen.keys() - there:
+            del self._seen[path]
+        for path in self._waiting.keys() - there:
             del self._waiting[path]
             self._skip("gone before it was complete")
 

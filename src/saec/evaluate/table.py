@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from rich import box
 from rich.table import Table as RichTable
 
 Cell = str | int | float | None
@@ -32,10 +33,19 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """Return the table for a terminal."""
-        table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            caption="\n".join(self.notes) or None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for name in self.columns:
             numeric = any(_is_figure(row.get(name)) for row in self.rows)
-            table.add_column(name, justify="right" if numeric else "left")
+            # Folded rather than cut where the terminal is too narrow: a figure with its end missing is a wrong figure.
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(_text(row.get(name)) for name in self.columns))
         return table
