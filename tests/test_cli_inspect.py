@@ -6,16 +6,19 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 import cli_fakes
 from cli_fakes import cell, flat, put, tree
 from cli_run import command, environment, process, saec
+from saec.cli.service import service_process
 from saec.errors import BadInput
 from saec.evaluate.report_run import RunFolder
 from saec.fleet.ledger import read_verdicts
@@ -170,6 +173,30 @@ def test_a_run_killed_three_times_equals_an_undisturbed_one(tmp_path, station):
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_equals_an_undisturbed_one(tmp_path, station):
     _kill_and_resume(tmp_path, station, parts=1000, kills=20, edge_s=0.004)
+
+
+def test_kill_9_of_the_cloud_service_loses_no_part(tmp_path, station, monkeypatch):
+    images = flat(tmp_path / "images", 120)
+    monkeypatch.setattr("saec.cli.service.PROGRAM", (sys.executable, cli_fakes.__file__))
+    with service_process(["cloud", "serve", "-s", str(station), "--port", "0"], tmp_path / "cloud.log") as url:
+        args = ("inspect", images, "-s", station, "-o", tmp_path / "run", "--product", "bolt", "--cloud", url, "--json")
+        running = subprocess.Popen(
+            command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(FAKE_EDGE_S="0.01")
+        )
+        _wait_for_verdicts(tmp_path / "run", 40, running)
+        service = next(p for p in psutil.Process().children() if "serve" in p.cmdline())
+        service.kill()
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 0, err
+    summary = json.loads(out)
+    run = RunFolder.load(tmp_path / "run")
+    assert len({v.part_id for v in run.verdicts}) == len(run.verdicts) == summary["n"] == 120
+    assert summary["routing"]["cloud"] > 0
+    assert summary["routing"]["fallback"] > 0
+    assert set(summary["routing"]["reasons"]) & {"cloud_unreachable", "circuit_open"}
+    assert all(v.error for v in run.verdicts if v.where is Where.FALLBACK)
+    human = saec("inspect", images, "-s", station, "-o", tmp_path / "run", "--product", "bolt")
+    assert "times the cloud gave no opinion and the edge's verdict stood" in human.out
 
 
 def test_evaluate_judges_the_test_split_alone(tmp_path, root, station):

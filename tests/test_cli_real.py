@@ -121,3 +121,35 @@ def test_fitting_on_an_unreadable_image_names_it(cells, tmp_path):
     assert str(victim) in line
     assert "truncated" in line
     assert [path.name for path in tmp_path.iterdir()] == ["fit"]
+
+
+def test_a_classifier_can_be_the_edge(cells, tmp_path):
+    """Bright or dark: two classes from the mean of the image."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    mean = helper.make_node("ReduceMean", ["x"], ["m"], axes=[1, 2, 3], keepdims=0)
+    column = helper.make_node("Reshape", ["m", "shape"], ["c"])
+    scores = helper.make_node("MatMul", ["c", "w"], ["y"])
+    graph = helper.make_graph(
+        [mean, column, scores],
+        "bright",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 64, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+        [
+            helper.make_tensor("shape", TensorProto.INT64, [2], [1, 1]),
+            helper.make_tensor("w", TensorProto.FLOAT, [1, 2], [4.0, -4.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, tmp_path / "bright.onnx")
+    args = ("--classifier", tmp_path / "bright.onnx", "--rule", "binary", "--side", "64")
+    found = saec("fit", cells / "fit", "--out", tmp_path / "station", *args)
+    assert found.code == 0, found.err
+    found = saec(
+        "evaluate", cells / "test", "-s", tmp_path / "station", "-o", tmp_path / "run", "--product", "fit", "--json"
+    )
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["models"]["edge"].startswith("classifier bright@")
+    line = saec("fit", cells / "fit", "--out", tmp_path / "other", "--classifier", tmp_path / "none.onnx").error()
+    assert "none.onnx" in line

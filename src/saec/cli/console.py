@@ -57,5 +57,5 @@ def steps() -> Iterator[Progress]:
 
     error = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=error, disable=not error.is_terminal) as progress:
+    with Progress(*columns, console=error, disable=not error.is_terminal, transient=True) as progress:
         yield progress

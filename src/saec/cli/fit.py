@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,9 @@ from saec.cli.options import (
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
     from saec.config import Settings
     from saec.data.dataset import Dataset
     from saec.edge.station import Station
@@ -103,6 +107,7 @@ def fit(
     settings = settings_of(config, set_, **dials)
     dataset = dataset_of(data, settings)
     dataset.require_good()
+    begun = time.monotonic()
     how = Edge(classifier, rule.value, side, defect_class) if classifier is not None else None
     with steps() as progress:
         station = fit_into(
@@ -111,6 +116,7 @@ def fit(
     if json_:
         print_json(_as_json(station, out))
         return
+    say(f"Fitted and calibrated in {time.monotonic() - begun:.0f} s.")
     print_tables(calibration_table(station))
     for product in station.products:
         say(f"{product}: {statement(station, product)}")
@@ -160,21 +166,25 @@ def fit_into(
 def _fit(
     dataset: Dataset, settings: Settings, cloud: CloudClient | None, classifier: Edge | None, progress: Progress
 ) -> Station:
-    from saec.edge.classifier import ClassifierSpec
-    from saec.edge.fit import fit_classifier_station, fit_station
-
     if classifier is None:
+        from saec.edge.fit import fit_station
+
         return fit_station(dataset, settings, cloud=cloud, progress=progress)
+    from saec.edge.classifier import ClassifierSpec
+    from saec.edge.fit import fit_classifier_station
+
     spec = ClassifierSpec(rule=classifier.rule, side=classifier.side, defect_class=classifier.defect_class)
     return fit_classifier_station(dataset, settings, classifier.model, spec, cloud=cloud, progress=progress)
 
 
-def stepper(progress: Any) -> Progress:
-    """Return a callback that draws one bar for each named step of a rich ``Progress``."""
-    tasks: dict[str, Any] = {}
+def stepper(progress: Bars) -> Progress:
+    """Return a callback that draws the bar of the step at hand; those of earlier steps give way to it."""
+    tasks: dict[str, TaskID] = {}
 
     def step(name: str, done: int, total: int) -> None:
         if name not in tasks:
+            for earlier in tasks.values():
+                progress.update(earlier, visible=False)
             tasks[name] = progress.add_task(name, total=total)
         progress.update(tasks[name], completed=done, total=total)
 
