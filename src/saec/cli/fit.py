@@ -146,12 +146,13 @@ def fit_into(
     except OSError as error:
         raise BadInput("cannot make the station folder", where=out, fix=error.strerror or "check the path") from None
     try:
+        opinions: dict[str, float] = {}
         if expert:
             from saec.cloud.expert import fit_expert
 
-            fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
+            opinions = fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
         with open_cloud(cloud or ("embedded" if expert else "off"), settings, building) as client:
-            station = _fit(dataset, settings, client, classifier, progress)
+            station = _fit(dataset, settings, client, opinions, classifier, progress)
         station.save(out)
         if expert:
             shutil.rmtree(out / EXPERT, ignore_errors=True)
@@ -164,12 +165,17 @@ def fit_into(
 
 
 def _fit(
-    dataset: Dataset, settings: Settings, cloud: CloudClient | None, classifier: Edge | None, progress: Progress
+    dataset: Dataset,
+    settings: Settings,
+    cloud: CloudClient | None,
+    opinions: dict[str, float],
+    classifier: Edge | None,
+    progress: Progress,
 ) -> Station:
     if classifier is None:
         from saec.edge.fit import fit_station
 
-        return fit_station(dataset, settings, cloud=cloud, progress=progress)
+        return fit_station(dataset, settings, cloud=cloud, cloud_opinions=opinions, progress=progress)
     from saec.edge.classifier import ClassifierSpec
     from saec.edge.fit import fit_classifier_station
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import cv2
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
@@ -35,7 +34,7 @@ from saec.edge.backbone import Backbone
 from saec.edge.classifier import ClassifierSpec, OnnxClassifier
 from saec.edge.detector import MemoryDetector
 from saec.edge.evidence import heatmap_evidence
-from saec.edge.memory import Memory
+from saec.edge.memory import Floats, Memory
 from saec.errors import BadInput
 from saec.types import EdgeResult, Image
 
@@ -187,7 +186,7 @@ class Station:
             if backbone.model_id not in manifest.detector:
                 fix = f"fit it again; this version carries {backbone.model_id}"
                 raise BadInput(f"the station was fitted with {manifest.detector}", where=path, fix=fix)
-        data = {name: _checked(path, name, sha256) for name, sha256 in manifest.files.items()}
+        data = {name: read_checked(path, name, sha256) for name, sha256 in manifest.files.items()}
         try:
             models = {
                 name: _read_product(path, folder_name(name), data, backbone, settings.edge.threads)
@@ -234,9 +233,7 @@ def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
         tree: dict[str, Any] = {"heat_threshold": model.heat_threshold, "calibration": model.calibration.to_json()}
         if isinstance(model.detector, MemoryDetector):
             tree["sides"] = list(model.detector.sides)
-            banks = [memory.tensors() for memory in model.detector.memories]
-            tensors = {f"{number}.{name}": value for number, bank in enumerate(banks) for name, value in bank.items()}
-            files[f"{folder}/{_BANKS}"] = dump_tensors(tensors)
+            files[f"{folder}/{_BANKS}"] = dump_tensors(bank_tensors(model.detector))
         else:
             tree["classifier"] = _SPEC.dump_python(model.detector.spec, mode="json")
             files[f"{folder}/{_CLASSIFIER}"] = model.detector.model.read_bytes()
@@ -245,20 +242,30 @@ def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
     return files
 
 
+def bank_tensors(detector: MemoryDetector) -> dict[str, Floats]:
+    """Return the arrays of a memory detector by name."""
+    banks = [memory.tensors() for memory in detector.memories]
+    return {f"{number}.{name}": value for number, bank in enumerate(banks) for name, value in bank.items()}
+
+
+def detector_of(tensors: Mapping[str, Floats], sides: Sequence[int], backbone: Backbone) -> MemoryDetector:
+    """Return the detector that :func:`bank_tensors` came from.
+
+    Raises:
+        KeyError: an array is missing.
+    """
+    names = ("mean", "projection", "bank", "weight")
+    memories = [Memory(**{name: tensors[f"{number}.{name}"] for name in names}) for number in range(len(sides))]
+    return MemoryDetector(backbone, tuple(sides), tuple(memories))
+
+
 def _read_product(
     path: Path, folder: str, data: Mapping[str, bytes], backbone: Backbone | None, threads: int
 ) -> ProductModel:
     tree = json.loads(data[f"{folder}/{_MODEL}"])
     detector: MemoryDetector | OnnxClassifier
     if backbone is not None:
-        tensors = load_tensors(data[f"{folder}/{_BANKS}"])
-        memories = tuple(
-            Memory(
-                **{name: np.asarray(tensors[f"{number}.{name}"]) for name in ("mean", "projection", "bank", "weight")}
-            )
-            for number in range(len(tree["sides"]))
-        )
-        detector = MemoryDetector(backbone, tuple(tree["sides"]), memories)
+        detector = detector_of(load_tensors(data[f"{folder}/{_BANKS}"]), tree["sides"], backbone)
     else:
         spec = _SPEC.validate_python(tree["classifier"])
         detector = OnnxClassifier(path / folder / _CLASSIFIER, spec, threads=threads)
@@ -266,7 +273,12 @@ def _read_product(
     return ProductModel(detector, Calibration.from_json(tree["calibration"]), float(tree["heat_threshold"]), reference)
 
 
-def _checked(path: Path, name: str, sha256: str) -> bytes:
+def read_checked(path: Path, name: str, sha256: str) -> bytes:
+    """Return the bytes of a station's file after comparing their hash.
+
+    Raises:
+        BadInput: the file is missing or is not the one that was saved.
+    """
     try:
         data = (path / name).read_bytes()
     except OSError as error:
