@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 import time
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from saec.edge.station import Station
     from saec.evaluate.meter import Meter
     from saec.types import CloudClient, Part
+
+SEED = 2025
+"""Of the draw of the cells to inspect."""
 
 
 def demo(
@@ -150,7 +154,11 @@ def sample(parts: Sequence[Part], count: int) -> list[Part]:
     groups: dict[tuple[str, str], list[int]] = {}
     for i, part in enumerate(parts):
         groups.setdefault((part.product, str(part.label)), []).append(i)
-    # The k-th of a group of n stands at (k + 1/2) / n: the first `count` of all, so ordered, are a fair share of each.
+    # Drawn by lot: the first cells of the data set come from the same few modules. The k-th drawn of a group of n
+    # stands at (k + 1/2) / n: the first `count` of all, so ordered, are a fair share of each group.
+    lot = random.Random(SEED)
+    for members in groups.values():
+        lot.shuffle(members)
     ranked = sorted((((k + 0.5) / len(members)), i) for members in groups.values() for k, i in enumerate(members))
     return [parts[i] for i in sorted(i for _, i in ranked[:count])]
 
