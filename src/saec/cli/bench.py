@@ -106,6 +106,49 @@ def cloud(
     finish(json_, *tables)
 
 
+@app.command()
+def accuracy(
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="DATA…", help="Data sets in any layout saec reads.", show_default=False),
+    ] = None,
+    elpv: Annotated[
+        bool, typer.Option("--elpv", help="Also ELPV's solar cells, from the elpv-dataset package.")
+    ] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """AUROC and accuracy of the default detector: fitted on good parts, threshold from good parts alone."""
+    from saec.cli.console import steps
+    from saec.cli.fit import stepper
+    from saec.evaluate.bench_accuracy import bench_accuracy, with_splits
+
+    if not data and not elpv:
+        raise BadInput("nothing to measure on", fix="name data sets, or pass --elpv")
+    settings = settings_of(config, set_)
+    with with_splits(data or [], elpv=elpv) as datasets, steps() as progress:
+        table = bench_accuracy(datasets, settings, progress=stepper(progress))
+    finish(json_, table)
+
+
+@app.command()
+def edge(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set; its test parts are timed.")],
+    images: Annotated[int, typer.Option(help="At most this many images of each product.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Passes over them.")] = 3,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """Latency from pixels and from files, cold start, and memory of the default detector."""
+    from saec.cli.options import dataset_of
+    from saec.evaluate.bench_edge import bench_edge
+
+    settings = settings_of(config, set_)
+    finish(json_, bench_edge(dataset_of(data, settings), settings, images=images, rounds=rounds))
+
+
 def finish(file: Path | None, *tables: Table) -> None:
     """Print the tables, and save ``{"tables": [...], "environment": {...}}`` to ``file``; ``-`` prints that instead.
 
