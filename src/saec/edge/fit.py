@@ -1,53 +1,25 @@
 """Fitting a station: good parts make the memory, held-out parts place the thresholds.
 
 Where the data set has a ``calibration`` split, its parts are the held-out ones. Otherwise the good parts are scored in
-folds, each by a detector fitted without it (cross-conformal), and the labelled defects calibrate. Near-duplicates are
-kept in one fold: a copy in the memory would make the held-out score too good to be true.
+folds, each by a detector fitted without it (cross-conformal), and the labelled defects calibrate. The work on one
+product is in :mod:`saec.edge.fitters`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
-
-import cv2
-import numpy as np
 
 import saec
-from saec.calibrate.calibration import Calibration, CalibrationData, calibrate, content_digest
 from saec.config import Settings
 from saec.data.dataset import Dataset
-from saec.data.decode import UnreadableImage, read_with_hash
-from saec.data.hashing import Fingerprint, fingerprint_image, group_near_duplicates
-from saec.edge.backbone import Backbone, Features, working_sides
-from saec.edge.classifier import ClassifierSpec, OnnxClassifier, temperature_of
-from saec.edge.detector import MemoryDetector, PatchPool
+from saec.edge.backbone import Backbone
+from saec.edge.classifier import ClassifierSpec, OnnxClassifier
+from saec.edge.fitters import ClassifierFitter, Fitter, MemoryFitter, Progress
 from saec.edge.station import FORMAT, ProductModel, Station, StationManifest, station_files
-from saec.errors import BadInput
-from saec.scene import scene_complexity
-from saec.types import CloudClient, CloudError, Image, Label, Observation, Part, Query
-
-Progress = Callable[[str, int, int], None]
-"""``(step, done, total)``."""
-
-HELD_OUT = 200
-"""Good parts that are scored in folds at most; more would refine a bound that is fine enough and cost memory."""
-
-COPIES = 8
-"""Augmented copies of a single good image, which is all there is to calibrate on."""
-
-REFERENCE_SIDE = 1024
-"""Longest side of the good part that is kept to be shown beside a part in question."""
-
-SIZED_ON = 32
-"""Good images whose sizes decide how large parts are shown to the backbone."""
-
-ONE_GOOD = "one good part: the threshold comes from shifted and turned copies of it and is no guarantee; add good parts"
+from saec.types import CloudClient
 
 
 def fit_station(
@@ -72,7 +44,7 @@ def fit_station(
         BadInput: a product without good images, an unreadable image, or not enough data for the escape rate asked for.
     """
     backbone = Backbone(threads=settings.edge.threads)
-    fitter = _MemoryFitter(backbone, settings, cloud, cloud_opinions or {}, progress or _silent)
+    fitter = MemoryFitter(backbone, settings, cloud, cloud_opinions or {}, progress or _silent)
     return _station(dataset, settings, f"memory {backbone.model_id}", fitter)
 
 
@@ -87,7 +59,7 @@ def fit_classifier_station(
 ) -> Station:
     """Make a station of an ONNX classifier: only its temperature and thresholds are fitted. See :func:`fit_station`."""
     classifier = OnnxClassifier(model, spec, threads=settings.edge.threads)
-    fitter = _ClassifierFitter(classifier, settings, cloud, {}, progress or _silent)
+    fitter = ClassifierFitter(classifier, settings, cloud, {}, progress or _silent)
     return _station(dataset, settings, f"classifier {classifier.model_id}", fitter)
 
 
@@ -95,7 +67,7 @@ def _silent(step: str, done: int, total: int) -> None:
     """Progress for callers who do not watch."""
 
 
-def _station(dataset: Dataset, settings: Settings, detector: str, fitter: _Fitter) -> Station:
+def _station(dataset: Dataset, settings: Settings, detector: str, fitter: Fitter) -> Station:
     dataset.require_good()
     models: dict[str, ProductModel] = {}
     for product in dataset.products:
@@ -114,292 +86,3 @@ def _station(dataset: Dataset, settings: Settings, detector: str, fitter: _Fitte
         files={name: hashlib.sha256(data).hexdigest() for name, data in station_files(models).items()},
     )
     return Station(models, manifest, route=settings.route)
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """One image as it was read."""
-
-    part: Part
-    sha256: str
-    image: Image
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """A held-out part and what the detector saw in it."""
-
-    part: Part
-    sha256: str
-    scene: float
-    seen: Observation
-
-
-class _Fitter:
-    """What both kinds of station share: reading, asking the cloud, calibrating."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        self.settings, self.cloud, self.opinions, self.progress = settings, cloud, opinions, progress
-        self.train_sha256: set[str] = set()
-        self.calibration_sha256: set[str] = set()
-
-    def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
-        """Fit one product to its parts of the splits train, calibration, or none."""
-        raise NotImplementedError
-
-    def read(self, parts: Sequence[Part], step: str) -> Iterator[_Read]:
-        """Read images one by one, telling the progress.
-
-        Raises:
-            BadInput: an image that cannot be read: a station fitted on what was left over would be a surprise.
-        """
-        for number, part in enumerate(parts):
-            yield self._read(part)
-            self.progress(step, number + 1, len(parts))
-
-    def _read(self, part: Part) -> _Read:
-        try:
-            sha256, image = read_with_hash(part.path, max_pixels=self.settings.data.max_pixels)
-        except UnreadableImage as error:
-            raise BadInput(
-                "cannot fit on an image that cannot be read", where=error, fix="remove or replace it"
-            ) from None
-        return _Read(part, sha256, image)
-
-    def calibrated(
-        self, product: str, good: Sequence[_Scored], defects: Sequence[_Scored], reference: Image, *, cross_fitted: bool
-    ) -> Calibration:
-        """Return the product's operating point from held-out parts."""
-        held = [*good, *defects]
-        self.calibration_sha256.update(scored.sha256 for scored in held)
-        opinions = self._opinions(product, held, reference)
-        data = CalibrationData(
-            good_scores=[scored.seen.score for scored in good],
-            good_scene=[scored.scene for scored in good],
-            defect_scores=[scored.seen.score for scored in defects],
-            defect_scene=[scored.scene for scored in defects],
-            cloud_p_good=opinions[: len(good)] if opinions else None,
-            cloud_p_defect=opinions[len(good) :] if opinions else None,
-            data_sha256=content_digest(scored.sha256 for scored in held),
-            cross_fitted=cross_fitted,
-        )
-        return calibrate(data, self.settings.calibration)
-
-    def _opinions(self, product: str, held: Sequence[_Scored], reference: Image) -> list[float]:
-        """Return the cloud's P(defect) of each part; empty where there is no cloud."""
-        if self.cloud is None and not all(scored.sha256 in self.opinions for scored in held):
-            return []
-        with ThreadPoolExecutor(self.settings.cloud.in_flight) as pool:
-            answers = pool.map(lambda scored: self._opinion(product, scored, reference), held)
-            found = []
-            for number, answer in enumerate(answers):
-                found.append(answer)
-                self.progress(f"{product}: asking the cloud", number + 1, len(held))
-        return found
-
-    def _opinion(self, product: str, scored: _Scored, reference: Image) -> float:
-        known = self.opinions.get(scored.sha256)
-        if known is not None or self.cloud is None:
-            return 0.5 if known is None else known
-        image = self._read(scored.part).image
-        query = Query(
-            part_id=scored.part.part_id,
-            product=product,
-            image=image,
-            original_size=(image.shape[1], image.shape[0]),
-            references=(reference,),
-            anomaly_map=scored.seen.heatmap,
-        )
-        try:
-            return self.cloud.judge(query, deadline_s=self.settings.cloud.timeout_s).p_defect
-        except CloudError as error:
-            what = f"the cloud gave no opinion on a calibration part ({error})"
-            raise BadInput(what, where=scored.part.path, fix="mend the cloud, or fit without --cloud") from None
-
-
-class _MemoryFitter(_Fitter):
-    def __init__(
-        self,
-        backbone: Backbone,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        super().__init__(settings, cloud, opinions, progress)
-        self.backbone = backbone
-
-    def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
-        train, held_out, defects = _by_use(parts)
-        looking = f"{product}: looking at good parts"
-        sides = working_sides([self._read(part).image.shape[:2] for part in train[:SIZED_ON]])
-        pool = PatchPool(len(train), len(sides))
-        keep = frozenset(np.linspace(0, len(train) - 1, min(len(train), HELD_OUT)).astype(int).tolist())
-        kept: dict[int, _Kept] = {}
-        reference: Image | None = None
-        for number, read in enumerate(self.read(train, looking)):
-            features = [self.backbone(read.image, side) for side in sides]
-            pool.add(features)
-            self.train_sha256.add(read.sha256)
-            reference = _shrunk(read.image) if reference is None else reference
-            if not held_out and number in keep:
-                kept[number] = _Kept.of(read, features)
-        assert reference is not None  # noqa: S101 - require_good has seen to it
-        self.progress(f"{product}: filling the memory", 0, 1)
-        detector = pool.fit(
-            self.backbone,
-            sides,
-            progress=lambda share: self.progress(f"{product}: filling the memory", round(100 * share), 100),
-        )
-        judges = [detector]
-        notes: tuple[str, ...] = ()
-        if held_out:
-            good = self._observe(held_out, judges, f"{product}: scoring held-out good parts")
-        elif len(train) == 1:
-            good, notes = self._copies(train[0], detector), (ONE_GOOD,)
-        else:
-            good, judges = self._folds(product, kept, pool, sides)
-        scored = self._observe(defects, judges, f"{product}: scoring defects") if defects else []
-        calibration = self.calibrated(product, good, scored, reference, cross_fitted=not held_out)
-        calibration = replace(calibration, notes=calibration.notes + notes)
-        return ProductModel(detector, calibration, _heat_threshold(good), reference)
-
-    def _observe(self, parts: Sequence[Part], judges: Sequence[MemoryDetector], step: str) -> list[_Scored]:
-        """Score parts by the mean of the detectors: the station's, or those of the folds, as the good parts were."""
-        return [
-            _Scored(
-                read.part,
-                read.sha256,
-                scene_complexity(read.image).score,
-                _mean(judges, self._features(read.image, judges[0])),
-            )
-            for read in self.read(parts, step)
-        ]
-
-    def _features(self, image: Image, detector: MemoryDetector) -> list[Features]:
-        return [self.backbone(image, side) for side in detector.sides]
-
-    def _folds(
-        self, product: str, kept: Mapping[int, _Kept], pool: PatchPool, sides: tuple[int, ...]
-    ) -> tuple[list[_Scored], list[MemoryDetector]]:
-        """Score each good part by a detector fitted without it and without its near-duplicates."""
-        numbers = list(kept)
-        groups = group_near_duplicates(
-            [kept[n].fingerprint for n in numbers], bits=self.settings.data.near_duplicate_bits
-        )
-        count = min(self.settings.calibration.folds, len(groups))
-        if count < 2:
-            raise BadInput("all good images are copies of one", where=product, fix="add images of other good parts")
-        scored: list[_Scored] = []
-        judges: list[MemoryDetector] = []
-        for fold in range(count):
-            self.progress(f"{product}: scoring good parts in folds", fold, count)
-            out = [numbers[member] for group in groups[fold::count] for member in group]
-            judge = pool.fit(self.backbone, sides, leave_out=out)
-            judges.append(judge)
-            for number in out:
-                one = kept[number]
-                scored.append(_Scored(one.part, one.sha256, one.scene, judge.compare(one.features)))
-        self.progress(f"{product}: scoring good parts in folds", count, count)
-        return scored, judges
-
-    def _copies(self, part: Part, detector: MemoryDetector) -> list[_Scored]:
-        """Score small shifts, turns and brightness changes of the only good part in place of others."""
-        read = self._read(part)
-        rng = np.random.default_rng(0)
-        copies = [_disturbed(read.image, rng) for _ in range(COPIES)]
-        return [
-            _Scored(part, read.sha256, scene_complexity(copy).score, detector.compare(self._features(copy, detector)))
-            for copy in copies
-        ]
-
-
-class _ClassifierFitter(_Fitter):
-    def __init__(
-        self,
-        classifier: OnnxClassifier,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        super().__init__(settings, cloud, opinions, progress)
-        self.classifier = classifier
-
-    def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
-        train, held_out, defects = _by_use(parts)
-        good_parts = held_out or train
-        classifier = self.classifier
-        if classifier.spec.rule == "binary" and defects:
-            images = [read.image for read in self.read([*good_parts, *defects], f"{product}: fitting the temperature")]
-            labels = [False] * len(good_parts) + [True] * len(defects)
-            spec = replace(classifier.spec, temperature=temperature_of(classifier, images, labels))
-            classifier = OnnxClassifier(classifier.model, spec, threads=self.settings.edge.threads)
-        reference = _shrunk(self._read(good_parts[0]).image)
-        good, scored = (
-            [
-                _Scored(read.part, read.sha256, scene_complexity(read.image).score, classifier.observe(read.image))
-                for read in self.read(some, f"{product}: {step}")
-            ]
-            for some, step in ((good_parts, "scoring good parts"), (defects, "scoring defects"))
-        )
-        calibration = self.calibrated(product, good, scored, reference, cross_fitted=False)
-        return ProductModel(classifier, calibration, 1.0, reference)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Kept:
-    """A good training part that is going to be scored in a fold."""
-
-    part: Part
-    sha256: str
-    scene: float
-    fingerprint: Fingerprint
-    features: list[Features]
-
-    @classmethod
-    def of(cls, read: _Read, features: list[Features]) -> Self:
-        scene, mark = scene_complexity(read.image).score, fingerprint_image(read.sha256, read.image)
-        return cls(read.part, read.sha256, scene, mark, features)
-
-
-def _by_use(parts: Sequence[Part]) -> tuple[list[Part], list[Part], list[Part]]:
-    """Return (good parts to learn from, held-out good parts, defects). An unlabelled part to fit on counts as good."""
-    good = [part for part in parts if part.label is not Label.DEFECT]
-    train = [part for part in good if part.split != "calibration"]
-    held_out = [part for part in good if part.split == "calibration"]
-    defects = [part for part in parts if part.label is Label.DEFECT]
-    return (train, held_out, defects) if train else (held_out, [], defects)
-
-
-def _mean(judges: Sequence[MemoryDetector], features: Sequence[Features]) -> Observation:
-    seen = [judge.compare(features) for judge in judges]
-    heats = [one.heatmap for one in seen if one.heatmap is not None]
-    return Observation(float(np.mean([one.score for one in seen])), np.mean(heats, axis=0, dtype=np.float32))
-
-
-def _heat_threshold(good: Sequence[_Scored]) -> float:
-    """Return the level that the worst cell of 95 % of the good parts stays below."""
-    worst = [float(scored.seen.heatmap.max()) for scored in good if scored.seen.heatmap is not None]
-    return max(float(np.quantile(worst, 0.95)), 1e-6)
-
-
-def _shrunk(image: Image) -> Image:
-    scale = REFERENCE_SIDE / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    return np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-
-
-def _disturbed(image: Image, rng: np.random.Generator) -> Image:
-    height, width = image.shape[:2]
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), float(rng.uniform(-2, 2)), float(rng.uniform(0.98, 1.02)))
-    matrix[:, 2] += rng.uniform(-0.02, 0.02, 2) * np.array([width, height])
-    moved = cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
-    return np.asarray(cv2.convertScaleAbs(moved, alpha=float(rng.uniform(0.95, 1.05))), dtype=np.uint8)
