@@ -171,6 +171,7 @@ def fit_station(
     settings: Settings,
     *,
     cloud: CloudClient | None = None,
+    cloud_opinions: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Station:
     """As saec.edge.fit.fit_station."""
@@ -225,9 +226,10 @@ class ExpertBackend:
         return float(1 / (1 + np.exp(-(spread - 105) / 10)))
 
 
-def fit_expert(dataset: Dataset, settings: Settings, *, out: Path, progress: object) -> None:
+def fit_expert(dataset: Dataset, settings: Settings, *, out: Path, progress: object) -> dict[str, float]:
     out.mkdir(parents=True)
     (out / "expert.json").write_text("{}")
+    return {}
 
 
 def modules() -> dict[str, types.ModuleType]:

@@ -151,8 +151,11 @@ def fit_into(
             from saec.cloud.expert import fit_expert
 
             opinions = fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
-        with open_cloud(cloud or ("embedded" if expert else "off"), settings, building) as client:
-            station = _fit(dataset, settings, client, opinions, classifier, progress)
+        choice = cloud or settings.cloud.url or ("embedded" if expert else "off")
+        with open_cloud(choice, settings, building) as client:
+            # The expert has learnt from the calibration parts: what counts is what its folds said of them unseen.
+            own = opinions if choice == "embedded" else {}
+            station = _fit(dataset, settings, client, own, classifier, progress)
         station.save(out)
         if expert:
             shutil.rmtree(out / EXPERT, ignore_errors=True)

@@ -45,9 +45,9 @@ def escalated_share(summary: Mapping[str, Any]) -> float | None:
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]], *, title: str = "Comparison") -> Table:
     """Return one column for each named run and one row for each figure, so that it fits a narrow terminal."""
-    rows: list[Mapping[str, Cell]] = [
-        {"": name} | {run: value(s) for run, s in summaries.items()} for name, value in COMPARED
-    ]
+    found = [(name, {run: value(s) for run, s in summaries.items()}) for name, value in COMPARED]
+    # What no run has measured, such as energy where there is no counter, is no figure to compare.
+    rows: list[Mapping[str, Cell]] = [{"": name, **row} for name, row in found if set(row.values()) != {None}]
     fallbacks = sum(s["routing"]["fallback"] for s in summaries.values())
     notes = ["local verdict: from taking a part up until its own verdict is recorded, whatever the cloud does"]
     if fallbacks:
