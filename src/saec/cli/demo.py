@@ -30,7 +30,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything is put.")] = Path(
         "runs/demo"
     ),
-    parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 300,
+    parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 400,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
