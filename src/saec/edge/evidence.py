@@ -26,12 +26,14 @@ def heatmap_evidence(heatmap: Heatmap, threshold: float, size: tuple[int, int], 
         return Evidence()
     rows, columns = heatmap.shape
     fine = cv2.resize(heatmap, (columns * _FINE, rows * _FINE), interpolation=cv2.INTER_CUBIC)
-    cut = min(threshold, float(heatmap.max()))
-    count, _, stats, _ = cv2.connectedComponentsWithStats((fine >= cut).astype(np.uint8), connectivity=8)
+    cut = min(threshold, float(fine.max()))  # of the enlarged map: interpolation takes the top off a peak
+    count, marks, stats, _ = cv2.connectedComponentsWithStats((fine >= cut).astype(np.uint8), connectivity=8)
     across, down = size[0] / fine.shape[1], size[1] / fine.shape[0]
     boxes = []
-    for left, top, width, height, _ in stats[1:count]:
-        peak = float(fine[top : top + height, left : left + width].max())
+    for mark in range(1, count):
+        left, top, width, height = (int(value) for value in stats[mark, :4])
+        inside = np.s_[top : top + height, left : left + width]
+        peak = float(fine[inside][marks[inside] == mark].max())
         x1, y1 = int(left * across), int(top * down)
         x2, y2 = int(np.ceil((left + width) * across)), int(np.ceil((top + height) * down))
         boxes.append(Box(x1, y1, min(max(x2, x1 + 1), size[0]), min(max(y2, y1 + 1), size[1]), score=peak))
