@@ -4,7 +4,7 @@ The edge's backbone again, but slower and closer: three resolutions up to 640 px
 banks at all three, and - where labelled defects were given - a supervised head on the pooled features. On solar cells
 with 286 labelled defects the head reaches 0.93-0.97 AUROC where the edge has 0.92-0.96, and errs elsewhere.
 
-    EXPERT/expert.json                 products, parameters, and the sha256 of every other file
+    EXPERT/expert.json                 products, parameters, the sha256 of every other file and its own
            <product>.safetensors       banks and head
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
@@ -34,7 +34,8 @@ from saec.data.decode import UnreadableImage, read_with_hash
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
-from saec.edge.station import bank_tensors, detector_of, folder_name, read_checked
+from saec.edge.folder import read_checked, read_index, write_folder
+from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
 from saec.types import Evidence, Image, Label, Opinion, Part, Query
 
@@ -277,55 +278,45 @@ class ExpertBackend:
         Raises:
             BadInput: missing, damaged, or of another version.
         """
-        try:
-            tree = json.loads((path / INDEX).read_bytes())
-        except (OSError, ValueError) as error:
-            raise BadInput("no expert model here", where=path, fix=f"saec fit --expert makes one ({error})") from None
+        tree = read_index(path, INDEX, kind="expert model", version=FORMAT)
         backbone = Backbone(threads=settings.edge.threads)
-        if not isinstance(tree, dict) or (tree.get("format"), tree.get("backbone")) != (FORMAT, backbone.model_id):
-            raise BadInput("an expert model of another version", where=path, fix="fit it again with saec fit --expert")
+        if tree.get("backbone") != backbone.model_id:
+            fix = f"fit it again; this version carries {backbone.model_id}"
+            raise BadInput(f"the expert was fitted with {tree.get('backbone')}", where=path, fix=fix)
         try:
             models = {
-                product: _read_model(read_checked(path, entry["file"], entry["sha256"]), entry, backbone)
+                product: _read_model(
+                    read_checked(path, entry["file"], entry["sha256"], kind="expert model"), entry, backbone
+                )
                 for product, entry in tree["products"].items()
             }
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
-            raise BadInput(f"the expert model is damaged ({error})", where=path, fix="fit it again") from None
+        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise BadInput(f"the expert is damaged ({error})", where=path, fix="fit it again") from None
         identity = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
         return cls(models, f"expert@{identity[:12]}")
 
 
 def _save(models: Mapping[str, ExpertModel], backbone: Backbone, out: Path) -> None:
+    files: dict[str, bytes] = {}
     products: dict[str, Any] = {}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            for product, model in models.items():
-                tensors: dict[str, NDArray[Any]] = dict(bank_tensors(model.detector))
-                if model.head is not None:
-                    head = model.head
-                    tensors |= {"head.mean": head.mean, "head.scale": head.scale, "head.weights": head.weights}
-                    tensors["head.bias"] = np.array([head.bias])
-                data = dump_tensors(tensors)
-                name = f"{folder_name(product)}.safetensors"
-                (new / name).write_bytes(data)
-                products[product] = {
-                    "file": name,
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                    "sides": list(model.detector.sides),
-                    "score": _SCORE.dump_python(model.score, mode="json"),
-                    "heat_threshold": model.heat_threshold,
-                    "head": model.head is not None,
-                }
-            index = {"format": FORMAT, "backbone": backbone.model_id, "products": products}
-            (new / INDEX).write_text(json.dumps(index, indent=1))
-            if out.exists():
-                out.rename(Path(scratch) / "old")
-            new.rename(out)
-    except OSError as error:
-        raise BadInput("cannot write the expert", where=out, fix=error.strerror or "check the disk") from None
+    for product, model in models.items():
+        tensors: dict[str, NDArray[Any]] = dict(bank_tensors(model.detector))
+        if model.head is not None:
+            head = model.head
+            tensors |= {"head.mean": head.mean, "head.scale": head.scale, "head.weights": head.weights}
+            tensors["head.bias"] = np.array([head.bias])
+        name = f"{folder_name(product)}.safetensors"
+        files[name] = dump_tensors(tensors)
+        products[product] = {
+            "file": name,
+            "sha256": hashlib.sha256(files[name]).hexdigest(),
+            "sides": list(model.detector.sides),
+            "score": _SCORE.dump_python(model.score, mode="json"),
+            "heat_threshold": model.heat_threshold,
+            "head": model.head is not None,
+        }
+    tree = {"format": FORMAT, "backbone": backbone.model_id, "products": products}
+    write_folder(out, files, INDEX, tree, kind="expert model")
 
 
 def _read_model(data: bytes, entry: Mapping[str, Any], backbone: Backbone) -> ExpertModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import cache
 from pathlib import Path
 
 import cv2
@@ -41,9 +40,10 @@ class Backbone:
         Raises:
             BadInput: the file is missing or is not an ONNX model.
         """
-        self.sha256 = file_sha256(model)
+        content = read_model(model)
+        self.sha256 = hashlib.sha256(content).hexdigest()
         self.model_id = f"{model.stem}@{self.sha256[:12]}"
-        self._session = open_session(model, threads=threads)
+        self._session = open_session(content, threads=threads, where=model)
         # ONNX Runtime's threads and BLAS's want the same cores in turn; on two cores two pools cost more than they give
         # (41 ms a part instead of 18).
         threadpool_limits(limits=1, user_api="blas")
@@ -63,9 +63,15 @@ class Backbone:
 
 
 def grid_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return (height, width) of about ``side`` squared pixels, the same aspect ratio, both multiples of the stride."""
+    """Return (height, width) of about ``side`` squared pixels, the same aspect ratio, both multiples of the stride.
+
+    A side is at least one stride, and the other one then at most what keeps the area below two ``side`` squared: an
+    image of 1 x 60,000,000 pixels is legal, small as a file, and must not take the memory of the machine.
+    """
     scale = side / math.sqrt(height * width)
-    return tuple(max(STRIDE, STRIDE * round(length * scale / STRIDE)) for length in (height, width))  # type: ignore[return-value]
+    most = max(STRIDE, 2 * side * side // STRIDE)
+    rows, columns = (STRIDE * round(min(most, max(STRIDE, length * scale)) / STRIDE) for length in (height, width))
+    return rows, columns
 
 
 def working_sides(sizes: list[tuple[int, int]]) -> tuple[int, ...]:
@@ -86,11 +92,23 @@ def working_sides(sizes: list[tuple[int, int]]) -> tuple[int, ...]:
     return (first,)
 
 
-def open_session(model: Path, *, threads: int) -> ort.InferenceSession:
-    """Open an ONNX file on the CPU.
+def read_model(path: Path) -> bytes:
+    """Return the content of a model file.
 
     Raises:
-        BadInput: the file is missing or is not an ONNX model.
+        BadInput: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput("cannot read the model", where=path, fix=error.strerror or "check the path") from None
+
+
+def open_session(content: bytes, *, threads: int, where: object) -> ort.InferenceSession:
+    """Open the content of an ONNX file on the CPU; ``where`` names it in errors.
+
+    Raises:
+        BadInput: it is not an ONNX model.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -99,20 +117,11 @@ def open_session(model: Path, *, threads: int) -> ort.InferenceSession:
     # A pool that spins while it waits takes the cores from the rest of the pipeline.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises half a dozen unrelated classes for a bad file
-        raise BadInput(f"not a usable ONNX model ({str(error).splitlines()[0][:120]})", where=model) from None
+        raise BadInput(f"not a usable ONNX model ({one_line(error)})", where=where) from None
 
 
-@cache
-def file_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file that does not change while the process runs.
-
-    Raises:
-        BadInput: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput("cannot read the model", where=path, fix=error.strerror or "check the path") from None
+def one_line(error: Exception) -> str:
+    """Return the first line of an ONNX Runtime error, cut to what fits into a message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -10,10 +10,13 @@ Two ways to read one:
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import cv2
 import numpy as np
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from saec.calibrate.score import class_confidences, fit_temperature
-from saec.edge.backbone import file_sha256, open_session
+from saec.edge.backbone import one_line, open_session, read_model
 from saec.errors import BadInput
 from saec.types import Image, Observation
 
@@ -51,30 +54,69 @@ class ClassifierSpec:
 class OnnxClassifier:
     """A classifier with input [1, 3, S, S] RGB float32 and output [1, K]: logits or probabilities."""
 
-    def __init__(self, model: Path, spec: ClassifierSpec, *, threads: int = 2) -> None:
-        """Load the model and check its shapes.
+    def __init__(
+        self, content: bytes, name: str, spec: ClassifierSpec, *, threads: int = 2, where: object = None
+    ) -> None:
+        """Open the content of an ONNX file and show it a blank image, to see that it fits ``spec``.
+
+        ``name`` becomes part of the model's id; ``where`` stands in errors.
 
         Raises:
             BadInput: not an ONNX file, or its input or output has another form.
         """
-        self.model, self.spec = model, spec
-        self.model_id = f"{model.stem}@{file_sha256(model)[:12]}"
-        self._session: ort.InferenceSession = open_session(model, threads=threads)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) < 1:
-            raise BadInput("not an image classifier", where=model, fix="one input [n, 3, S, S] and one output [n, K]")
-        fixed = inputs[0].shape[2]
-        if isinstance(fixed, int) and fixed != spec.side:
-            raise BadInput(f"the classifier wants {fixed} px, not {spec.side}", where=model, fix=f"pass side {fixed}")
-        self._input = inputs[0].name
+        self.content, self.name, self.spec = content, name, spec
+        self.model_id = f"{name}@{hashlib.sha256(content).hexdigest()[:12]}"
+        self._session: ort.InferenceSession = open_session(content, threads=threads, where=where or name)
+        self._input = self._check(where or name)
+
+    @classmethod
+    def load(cls, model: Path, spec: ClassifierSpec, *, threads: int = 2) -> Self:
+        """Read an ONNX file.
+
+        Raises:
+            BadInput: the file cannot be read, or as the constructor.
+        """
+        return cls(read_model(model), model.stem, spec, threads=threads, where=model)
+
+    def at_temperature(self, temperature: float) -> OnnxClassifier:
+        """Return the same classifier with another temperature."""
+        twin = copy(self)
+        twin.spec = replace(self.spec, temperature=temperature)
+        return twin
+
+    def _check(self, where: object) -> str:
+        """Return the input's name."""
+        side, form = self.spec.side, "it takes one float32 input [1, 3, S, S] and gives [1, K]"
+        if side < 1:
+            raise BadInput(f"no image has a side of {side} px", where=where, fix="pass the classifier's side")
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            raise BadInput(f"not an image classifier ({len(inputs)} inputs)", where=where, fix=form)
+        name: str = inputs[0].name
+        shape = inputs[0].shape
+        fixed = [length for length in shape[2:] if isinstance(length, int)]
+        if len(shape) == 4 and any(length != side for length in fixed):
+            fix = f"pass side {fixed[0]}" if len(set(fixed)) == 1 else form
+            raise BadInput(f"the classifier wants {shape[2]} x {shape[3]} px, not {side}", where=where, fix=fix)
+        try:
+            answer = self._run(name, np.zeros((1, 3, side, side), dtype=np.float32))
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises half a dozen unrelated classes for a bad input
+            raise BadInput(f"not an image classifier ({one_line(error)})", where=where, fix=form) from None
+        classes, defect = answer.size, self.spec.defect_class
+        if answer.shape[:1] != (1,) or classes < 2:
+            raise BadInput(f"not a classifier: its output is {list(answer.shape)}", where=where, fix=form)
+        if self.spec.rule == "binary" and not 0 <= defect < classes:
+            fix = f"pass a defect class from 0 to {classes - 1}"
+            raise BadInput(f"the classifier has {classes} classes, none is number {defect}", where=where, fix=fix)
+        return name
+
+    def _run(self, name: str, shown: NDArray[np.float32]) -> NDArray[np.float64]:
+        return np.asarray(self._session.run(None, {name: shown})[0], dtype=np.float64)
 
     def logits(self, image: Image) -> NDArray[np.float64]:
         """Return the class logits [K] of one image; probabilities come back as their logarithms."""
         shown = (_centre(image, self.spec.side)[:, :, ::-1].astype(np.float32) - self.spec.mean) / self.spec.std
-        answer = self._session.run(None, {self._input: np.ascontiguousarray(shown.transpose(2, 0, 1))[None]})[0]
-        values = np.asarray(answer, dtype=np.float64).reshape(-1)
-        if values.size < 2 or (self.spec.rule == "binary" and values.size <= self.spec.defect_class):
-            raise BadInput(f"the classifier has {values.size} classes", where=self.model)
+        values = self._run(self._input, np.ascontiguousarray(shown.transpose(2, 0, 1))[None]).reshape(-1)
         if values.min() >= 0 and abs(values.sum() - 1) < 1e-3:
             values = np.log(np.maximum(values, 1e-12))
         return values
@@ -93,7 +135,7 @@ class OnnxClassifier:
         return Observation(score=score, confidences=(s_max, margin, entropy))
 
 
-def temperature_of(classifier: OnnxClassifier, images: list[Image], is_defect: list[bool]) -> float:
+def temperature_of(classifier: OnnxClassifier, images: Iterable[Image], is_defect: Sequence[bool]) -> float:
     """Return the temperature of a ``binary`` classifier on labelled parts (:func:`fit_temperature`)."""
     defect = classifier.spec.defect_class
     logits = np.stack([classifier.logits(image) for image in images])

@@ -58,7 +58,7 @@ def fit_classifier_station(
     progress: Progress | None = None,
 ) -> Station:
     """Make a station of an ONNX classifier: only its temperature and thresholds are fitted. See :func:`fit_station`."""
-    classifier = OnnxClassifier(model, spec, threads=settings.edge.threads)
+    classifier = OnnxClassifier.load(model, spec, threads=settings.edge.threads)
     fitter = ClassifierFitter(classifier, settings, cloud, {}, progress or _silent)
     return _station(dataset, settings, f"classifier {classifier.model_id}", fitter)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self
 
 import cv2
 import numpy as np
@@ -172,14 +171,17 @@ class MemoryFitter(Fitter):
         pool = PatchPool(len(train), len(sides))
         keep = frozenset(np.linspace(0, len(train) - 1, min(len(train), HELD_OUT)).astype(int).tolist())
         kept: dict[int, _Kept] = {}
+        prints: list[Fingerprint] = []
         reference: Image | None = None
         for number, read in enumerate(self.read(train, looking)):
             features = [self.backbone(read.image, side) for side in sides]
             pool.add(features)
             self.train_sha256.add(read.sha256)
             reference = _shrunk(read.image) if reference is None else reference
-            if not held_out and number in keep:
-                kept[number] = _Kept.of(read, features)
+            if not held_out:
+                prints.append(fingerprint_image(read.sha256, read.image))
+                if number in keep:
+                    kept[number] = _Kept(read.part, read.sha256, scene_complexity(read.image).score, features)
         assert reference is not None  # noqa: S101 - require_good has seen to it
         self.progress(f"{product}: filling the memory", 0, 1)
         detector = pool.fit(
@@ -194,7 +196,7 @@ class MemoryFitter(Fitter):
         elif len(train) == 1:
             good, notes = self._copies(train[0], detector), (ONE_GOOD,)
         else:
-            good, judges = self._folds(product, kept, pool, sides)
+            good, judges = self._folds(product, kept, prints, pool, sides)
         scored = self._observe(defects, judges, f"{product}: scoring defects") if defects else []
         calibration = self.calibrated(product, good, scored, reference, cross_fitted=not held_out)
         calibration = replace(calibration, notes=calibration.notes + notes)
@@ -216,13 +218,16 @@ class MemoryFitter(Fitter):
         return [self.backbone(image, side) for side in detector.sides]
 
     def _folds(
-        self, product: str, kept: Mapping[int, _Kept], pool: PatchPool, sides: tuple[int, ...]
+        self,
+        product: str,
+        kept: Mapping[int, _Kept],
+        prints: Sequence[Fingerprint],
+        pool: PatchPool,
+        sides: tuple[int, ...],
     ) -> tuple[list[_Scored], list[MemoryDetector]]:
-        """Score each good part by a detector fitted without it and without its near-duplicates."""
-        numbers = list(kept)
-        groups = group_near_duplicates(
-            [kept[n].fingerprint for n in numbers], bits=self.settings.data.near_duplicate_bits
-        )
+        """Score each kept part by a detector fitted without it and without its near-duplicates, kept or not."""
+        every = group_near_duplicates(prints, bits=self.settings.data.near_duplicate_bits)
+        groups = [group for group in every if not kept.keys().isdisjoint(group)]
         count = min(self.settings.calibration.folds, len(groups))
         if count < 2:
             raise BadInput("all good images are copies of one", where=product, fix="add images of other good parts")
@@ -230,12 +235,11 @@ class MemoryFitter(Fitter):
         judges: list[MemoryDetector] = []
         for fold in range(count):
             self.progress(f"{product}: scoring good parts in folds", fold, count)
-            out = [numbers[member] for group in groups[fold::count] for member in group]
+            out = [member for group in groups[fold::count] for member in group]
             judge = pool.fit(self.backbone, sides, leave_out=out)
             judges.append(judge)
-            for number in out:
-                one = kept[number]
-                scored.append(_Scored(one.part, one.sha256, one.scene, judge.compare(one.features)))
+            some = [kept[number] for number in out if number in kept]
+            scored += [_Scored(one.part, one.sha256, one.scene, judge.compare(one.features)) for one in some]
         self.progress(f"{product}: scoring good parts in folds", count, count)
         return scored, judges
 
@@ -270,10 +274,9 @@ class ClassifierFitter(Fitter):
         good_parts = held_out or train
         classifier = self.classifier
         if classifier.spec.rule == "binary" and defects:
-            images = [read.image for read in self.read([*good_parts, *defects], f"{product}: fitting the temperature")]
+            reads = self.read([*good_parts, *defects], f"{product}: fitting the temperature")
             labels = [False] * len(good_parts) + [True] * len(defects)
-            spec = replace(classifier.spec, temperature=temperature_of(classifier, images, labels))
-            classifier = OnnxClassifier(classifier.model, spec, threads=self.settings.edge.threads)
+            classifier = classifier.at_temperature(temperature_of(classifier, (read.image for read in reads), labels))
         reference = _shrunk(self._read(good_parts[0]).image)
         good, scored = (
             [
@@ -293,13 +296,7 @@ class _Kept:
     part: Part
     sha256: str
     scene: float
-    fingerprint: Fingerprint
     features: list[Features]
-
-    @classmethod
-    def of(cls, read: _Read, features: list[Features]) -> Self:
-        scene, mark = scene_complexity(read.image).score, fingerprint_image(read.sha256, read.image)
-        return cls(read.part, read.sha256, scene, mark, features)
 
 
 def _by_use(parts: Sequence[Part]) -> tuple[list[Part], list[Part], list[Part]]:

@@ -1,6 +1,6 @@
 """A station: what was fitted for one inspection point, saved as one folder that proves itself whole.
 
-    STATION/station.json                   format, products, data hashes, and the sha256 of every other file
+    STATION/station.json                   format, products, data hashes, the sha256 of every other file and its own
             <product>/memory.safetensors   the banks (or classifier.onnx)
             <product>/model.json           detector parameters, calibration, heatmap threshold
             <product>/reference.png        a good part, shown to the cloud beside the part in question
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Self
 
 import cv2
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
@@ -34,6 +34,7 @@ from saec.edge.backbone import Backbone
 from saec.edge.classifier import ClassifierSpec, OnnxClassifier
 from saec.edge.detector import MemoryDetector
 from saec.edge.evidence import heatmap_evidence
+from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.memory import Floats, Memory
 from saec.errors import BadInput
 from saec.types import EdgeResult, Image
@@ -42,6 +43,11 @@ FORMAT = 1
 """Version of the folder. A station of another version is refused, never guessed at."""
 
 INDEX = "station.json"
+EXPERT = "expert"
+"""The folder inside a station that belongs to the expert's model (:mod:`saec.cloud.expert`)."""
+
+FIT_AGAIN = "fit it again"
+_LONGEST_NAME = 80
 _REFERENCE, _MODEL, _BANKS, _CLASSIFIER = "reference.png", "model.json", "memory.safetensors", "classifier.onnx"
 
 
@@ -155,22 +161,8 @@ class Station:
         Raises:
             BadInput: the folder exists and is no station, or it cannot be written.
         """
-        if path.exists() and not (path / INDEX).is_file() and not _is_empty_folder(path):
-            raise BadInput("this exists and is not a station", where=path, fix="choose another --out")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-                new = Path(scratch) / "new"
-                new.mkdir()
-                for name, data in station_files(self._products).items():
-                    (new / name).parent.mkdir(exist_ok=True)
-                    (new / name).write_bytes(data)
-                (new / INDEX).write_bytes(_MANIFEST.dump_json(self.manifest, indent=1))
-                if path.exists():
-                    path.rename(Path(scratch) / "old")
-                new.rename(path)
-        except OSError as error:
-            raise BadInput("cannot write the station", where=path, fix=error.strerror or "check the disk") from None
+        tree = _MANIFEST.dump_python(self.manifest, mode="json")
+        write_folder(path, station_files(self._products), INDEX, tree, kind="station")
 
     @classmethod
     def load(cls, path: Path, *, settings: Settings) -> Self:
@@ -186,14 +178,16 @@ class Station:
             if backbone.model_id not in manifest.detector:
                 fix = f"fit it again; this version carries {backbone.model_id}"
                 raise BadInput(f"the station was fitted with {manifest.detector}", where=path, fix=fix)
-        data = {name: read_checked(path, name, sha256) for name, sha256 in manifest.files.items()}
+        if set(manifest.files) != _file_names(manifest.products, _CLASSIFIER if backbone is None else _BANKS):
+            raise BadInput("the station is damaged (it lists other files than it has to)", where=path, fix=FIT_AGAIN)
+        data = {name: read_checked(path, name, sha256, kind="station") for name, sha256 in manifest.files.items()}
         try:
             models = {
-                name: _read_product(path, folder_name(name), data, backbone, settings.edge.threads)
+                name: _read_product(folder_name(name), data, backbone, settings.edge.threads)
                 for name in manifest.products
             }
-        except (KeyError, ValueError, UnreadableImage) as error:
-            raise BadInput(f"the station is damaged ({error})", where=path, fix="fit it again") from None
+        except (KeyError, TypeError, ValueError, SafetensorError, UnreadableImage) as error:
+            raise BadInput(f"the station is damaged ({error})", where=path, fix=FIT_AGAIN) from None
         return cls(models, manifest, route=settings.route)
 
 
@@ -203,26 +197,24 @@ def read_manifest(path: Path) -> StationManifest:
     Raises:
         BadInput: it is missing, damaged, or of another version.
     """
-    try:
-        tree = json.loads((path / INDEX).read_bytes())
-    except FileNotFoundError:
-        raise BadInput("no station here", where=path, fix="saec fit DATA --out STATION makes one") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"the station is damaged ({error})", where=path / INDEX, fix="fit it again") from None
-    found = tree.get("format") if isinstance(tree, dict) else None
-    if found != FORMAT:
-        raise BadInput(f"station of format {found}, this version reads {FORMAT}", where=path, fix="fit it again")
+    tree = read_index(path, INDEX, kind="station", version=FORMAT)
     try:
         return _MANIFEST.validate_python(tree)
     except ValidationError as error:
         what = f"the station is damaged ({error.errors()[0]['msg']})"
-        raise BadInput(what, where=path / INDEX, fix="fit it again") from None
+        raise BadInput(what, where=path / INDEX, fix=FIT_AGAIN) from None
 
 
 def folder_name(product: str) -> str:
     """Return a folder name for any product name: readable, safe, and different for different products."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", product).strip("._") or "product"
-    return plain if plain == product else f"{plain}-{hashlib.sha256(product.encode()).hexdigest()[:8]}"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", product).strip("._")[:_LONGEST_NAME] or "product"
+    if plain == product and plain not in (INDEX, EXPERT):
+        return plain
+    return f"{plain}-{hashlib.sha256(product.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _file_names(products: Sequence[str], detector: str) -> set[str]:
+    return {f"{folder_name(product)}/{name}" for product in products for name in (detector, _MODEL, _REFERENCE)}
 
 
 def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
@@ -236,7 +228,7 @@ def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
             files[f"{folder}/{_BANKS}"] = dump_tensors(bank_tensors(model.detector))
         else:
             tree["classifier"] = _SPEC.dump_python(model.detector.spec, mode="json")
-            files[f"{folder}/{_CLASSIFIER}"] = model.detector.model.read_bytes()
+            files[f"{folder}/{_CLASSIFIER}"] = model.detector.content
         files[f"{folder}/{_MODEL}"] = json.dumps(tree, indent=1).encode()
         files[f"{folder}/{_REFERENCE}"] = cv2.imencode(".png", model.reference)[1].tobytes()
     return files
@@ -259,38 +251,16 @@ def detector_of(tensors: Mapping[str, Floats], sides: Sequence[int], backbone: B
     return MemoryDetector(backbone, tuple(sides), tuple(memories))
 
 
-def _read_product(
-    path: Path, folder: str, data: Mapping[str, bytes], backbone: Backbone | None, threads: int
-) -> ProductModel:
+def _read_product(folder: str, data: Mapping[str, bytes], backbone: Backbone | None, threads: int) -> ProductModel:
     tree = json.loads(data[f"{folder}/{_MODEL}"])
     detector: MemoryDetector | OnnxClassifier
     if backbone is not None:
         detector = detector_of(load_tensors(data[f"{folder}/{_BANKS}"]), tree["sides"], backbone)
     else:
         spec = _SPEC.validate_python(tree["classifier"])
-        detector = OnnxClassifier(path / folder / _CLASSIFIER, spec, threads=threads)
+        detector = OnnxClassifier(data[f"{folder}/{_CLASSIFIER}"], folder, spec, threads=threads)
     reference = decode_image(data[f"{folder}/{_REFERENCE}"], name=f"{folder}/{_REFERENCE}")
     return ProductModel(detector, Calibration.from_json(tree["calibration"]), float(tree["heat_threshold"]), reference)
-
-
-def read_checked(path: Path, name: str, sha256: str) -> bytes:
-    """Return the bytes of a station's file after comparing their hash.
-
-    Raises:
-        BadInput: the file is missing or is not the one that was saved.
-    """
-    try:
-        data = (path / name).read_bytes()
-    except OSError as error:
-        raise BadInput("the station is damaged (a file cannot be read)", where=path / name, fix=str(error)) from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        what = "the station is damaged (the file is not the one that was saved)"
-        raise BadInput(what, where=path / name, fix="fit it again or restore the file")
-    return data
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 _MANIFEST = TypeAdapter(StationManifest)
