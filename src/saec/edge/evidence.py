@@ -26,6 +26,7 @@ def heatmap_evidence(heatmap: Heatmap, threshold: float, size: tuple[int, int], 
         return Evidence()
     rows, columns = heatmap.shape
     fine = cv2.resize(heatmap, (columns * _FINE, rows * _FINE), interpolation=cv2.INTER_CUBIC)
+    fine = np.minimum(fine, heatmap.max())  # a cubic overshoots beside a step
     cut = min(threshold, float(fine.max()))  # of the enlarged map: interpolation takes the top off a peak
     count, marks, stats, _ = cv2.connectedComponentsWithStats((fine >= cut).astype(np.uint8), connectivity=8)
     across, down = size[0] / fine.shape[1], size[1] / fine.shape[0]
