@@ -83,7 +83,7 @@ def test_the_box_covers_the_defect_also_on_a_wide_image(tmp_path):
         blot = blot_of(number, size)
         seen = wide.predict(blotted(number, size), "plate")
         assert seen.heatmap is not None
-        assert seen.heatmap.shape == (8, 11)
+        assert seen.heatmap.shape[0] < seen.heatmap.shape[1]
         box = seen.evidence.boxes[0]
         middle = (blot.x1 + blot.x2) / 2, (blot.y1 + blot.y2) / 2
         assert box.x1 < middle[0] < box.x2
