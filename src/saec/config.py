@@ -56,7 +56,7 @@ class CalibrationSettings(Section):
     escalation: float = Field(
         0.30, ge=0, le=1, description="Share of parts the calibrated router may send to the cloud."
     )
-    folds: int = Field(4, ge=2, description="Cross-conformal folds over the good images.")
+    folds: int = Field(8, ge=2, description="Cross-conformal folds over the good images.")
 
 
 class RouteSettings(Section):

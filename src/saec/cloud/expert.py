@@ -28,9 +28,10 @@ from safetensors.numpy import save as dump_tensors
 from saec.calibrate.conformal import overkill_threshold
 from saec.calibrate.score import ScoreCalibration
 from saec.cloud.geometry import to_original
+from saec.cloud.images import encode_jpeg, shrink
 from saec.config import Settings
 from saec.data.dataset import Dataset
-from saec.data.decode import UnreadableImage, read_with_hash
+from saec.data.decode import UnreadableImage, decode_image, read_with_hash
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
@@ -242,10 +243,13 @@ def _one_fold(
 
 
 def _read(part: Part, settings: Settings) -> tuple[str, Image]:
+    """Return the file's sha256 and the image as the uplink will bring it: what JPEG does to it is learnt, not met."""
     try:
-        return read_with_hash(part.path, max_pixels=settings.data.max_pixels)
+        sha256, image = read_with_hash(part.path, max_pixels=settings.data.max_pixels)
     except UnreadableImage as error:
         raise BadInput("cannot fit on an image that cannot be read", where=error, fix="remove or replace it") from None
+    sent = encode_jpeg(shrink(image, settings.cloud.max_side), settings.cloud.jpeg_quality)
+    return sha256, decode_image(sent, name=str(part.path))
 
 
 class ExpertBackend:
