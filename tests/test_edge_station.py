@@ -233,7 +233,7 @@ def test_saving_over_what_is_no_station_is_refused_and_leaves_it(tmp_path):
     (photos / "holiday.jpg").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"y")
     for path in (photos, tmp_path / "file"):
-        with pytest.raises(BadInput, match="this exists and is not a station"):
+        with pytest.raises(BadInput, match="this exists and is not a saved station"):
             station().save(path)
     assert contents(tmp_path) == {"photos/holiday.jpg": b"x", "file": b"y"}
 

@@ -35,10 +35,11 @@ from saec.data.decode import UnreadableImage, decode_image, read_with_hash
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
+from saec.edge.fitters import COPIES, disturbed
 from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
-from saec.types import Evidence, Image, Label, Opinion, Part, Query
+from saec.types import Evidence, Image, Label, Observation, Opinion, Part, Query
 
 Progress = Callable[[str, int, int], None]
 Doubles = NDArray[np.float64]
@@ -54,6 +55,9 @@ MAX_GOOD = 150
 
 MIN_DEFECTS = 20
 """Fewer labelled defects than this do not make a supervised head."""
+
+ENOUGH = 15
+"""Good parts that place the threshold where no calibration split does; a fold holds fewer where there are few parts."""
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 FOLDS = 5
@@ -195,11 +199,12 @@ def _fit_product(
         if progress is not None:
             progress(f"{product}: the expert looks closely", number + 1, len(parts))
     detector = pool.fit(backbone, sides)
-    if not held:  # no calibration split: scores of parts outside the fold that fills the bank
-        held, detector_without = _one_fold(parts, is_memory, pool, backbone, sides, settings)
+    if held:
+        seen = [detector.compare(plain) for plain in held]
     else:
-        detector_without = detector
-    seen = [detector_without.compare(plain) for plain in held]
+        seen = _seen_in_folds(
+            [part for part, used in zip(parts, is_memory, strict=True) if used], detector, pool, settings
+        )
     heats = [float(one.heatmap.max()) for one in seen if one.heatmap is not None]
     heat_threshold = max(float(np.quantile(heats, 0.95)), 1e-6)
     if not with_head:
@@ -227,19 +232,29 @@ def _best_ridge(x: Doubles, is_defect: NDArray[np.bool_]) -> tuple[float, Double
     return best[1], best[2]
 
 
-def _one_fold(
-    parts: Sequence[Part],
-    is_memory: NDArray[np.bool_],
-    pool: PatchPool,
-    backbone: Backbone,
-    sides: tuple[int, ...],
-    settings: Settings,
-) -> tuple[list[list[Features]], MemoryDetector]:
-    good = [part for part, used in zip(parts, is_memory, strict=True) if used]
-    out = list(range(0, len(good), settings.calibration.folds)) if len(good) > 1 else []
-    judge = pool.fit(backbone, sides, leave_out=out)
-    chosen = [good[index] for index in out] or good
-    return [[backbone(_read(part, settings)[1], side) for side in sides] for part in chosen], judge
+def _seen_in_folds(
+    good: Sequence[Part], detector: MemoryDetector, pool: PatchPool, settings: Settings
+) -> list[Observation]:
+    """Return what detectors fitted without a fold see in its parts: of :data:`ENOUGH` parts, or of all.
+
+    A single part is replaced by copies of it, slightly moved and turned.
+    """
+
+    def looked_at(image: Image) -> list[Features]:
+        return [detector.backbone(image, side) for side in detector.sides]
+
+    if len(good) == 1:
+        rng, (_, image) = np.random.default_rng(0), _read(good[0], settings)
+        return [detector.compare(looked_at(disturbed(image, rng))) for _ in range(COPIES)]
+    seen: list[Observation] = []
+    folds = min(settings.calibration.folds, len(good))
+    for fold in range(folds):
+        if len(seen) >= ENOUGH:
+            break
+        out = range(fold, len(good), folds)
+        judge = pool.fit(detector.backbone, detector.sides, leave_out=out)
+        seen += [judge.compare(looked_at(_read(good[index], settings)[1])) for index in out]
+    return seen
 
 
 def _read(part: Part, settings: Settings) -> tuple[str, Image]:

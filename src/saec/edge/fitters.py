@@ -247,7 +247,7 @@ class MemoryFitter(Fitter):
         """Score small shifts, turns and brightness changes of the only good part in place of others."""
         read = self._read(part)
         rng = np.random.default_rng(0)
-        copies = [_disturbed(read.image, rng) for _ in range(COPIES)]
+        copies = [disturbed(read.image, rng) for _ in range(COPIES)]
         return [
             _Scored(part, read.sha256, scene_complexity(copy).score, detector.compare(self._features(copy, detector)))
             for copy in copies
@@ -327,7 +327,8 @@ def _shrunk(image: Image) -> Image:
     return np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def _disturbed(image: Image, rng: np.random.Generator) -> Image:
+def disturbed(image: Image, rng: np.random.Generator) -> Image:
+    """Return a copy that is shifted, turned, scaled and brightened a little, as another good part might be."""
     height, width = image.shape[:2]
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), float(rng.uniform(-2, 2)), float(rng.uniform(0.98, 1.02)))
     matrix[:, 2] += rng.uniform(-0.02, 0.02, 2) * np.array([width, height])

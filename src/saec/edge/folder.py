@@ -38,7 +38,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mappi
         BadInput: ``path`` is something else, or it cannot be written; it is as it was.
     """
     if path.exists() and not (path / index).is_file() and not _is_empty_folder(path):
-        raise BadInput(f"this exists and is not a {kind}", where=path, fix="choose another folder")
+        raise BadInput(f"this exists and is not a saved {kind}", where=path, fix="choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
