@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_routing_settings_change_the_policy_and_nothing_else():
     assert other.fusion("plate") is None
     assert other.models == station().models
     assert station().policy("plate").mode == "cascade"
+
+
+def test_threads_that_share_a_station_get_what_one_gets():
+    images = [plate(600 + number) for number in range(8)]
+    alone = [station().predict(image, "plate").score for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda image: station().predict(image, "plate").score, images * 3))
+    assert together == pytest.approx(alone * 3, abs=1e-5)
 
 
 # -- damage
@@ -283,6 +292,7 @@ HOSTILE = (
     "螺丝",
     "nul\0byte",
     "a\nb",
+    "not utf-8 \udcff",
     INDEX,
     EXPERT,
 )
