@@ -9,6 +9,10 @@ from saec.types import Box, Evidence, Heatmap
 
 SOURCE = "edge-heatmap"
 MAX_BOXES = 8
+CORE = 0.7
+"""A box holds the part of its region that reaches this share of the region's peak: a strong defect's halo, which the
+backbone's field of view draws around it, is no defect."""
+
 _FINE = 8  # the heatmap is enlarged this many times before it is cut, so that boxes do not snap to its cells
 
 
@@ -33,8 +37,12 @@ def heatmap_evidence(heatmap: Heatmap, threshold: float, size: tuple[int, int], 
     boxes = []
     for mark in range(1, count):
         left, top, width, height = (int(value) for value in stats[mark, :4])
-        inside = np.s_[top : top + height, left : left + width]
-        peak = float(fine[inside][marks[inside] == mark].max())
+        region = fine[top : top + height, left : left + width]
+        region = np.where(marks[top : top + height, left : left + width] == mark, region, -np.inf)
+        peak = float(region.max())
+        rows_in, columns_in = np.nonzero(region >= CORE * peak)
+        left, width = left + int(columns_in.min()), int(np.ptp(columns_in)) + 1
+        top, height = top + int(rows_in.min()), int(np.ptp(rows_in)) + 1
         x1, y1 = int(left * across), int(top * down)
         x2, y2 = int(np.ceil((left + width) * across)), int(np.ceil((top + height) * down))
         boxes.append(Box(x1, y1, min(max(x2, x1 + 1), size[0]), min(max(y2, y1 + 1), size[1]), score=peak))
