@@ -27,7 +27,6 @@ from saec.calibrate import (
     fit_fusion,
     fit_tau_cloud,
     fit_temperature,
-    risk_coverage,
     threshold_sweep,
 )
 from saec.calibrate._numeric import log_loss, logit
@@ -474,18 +473,6 @@ def test_the_data_digest_does_not_depend_on_the_order() -> None:
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------
-
-
-def test_risk_coverage_on_a_case_done_by_hand() -> None:
-    # Surest first: 0.99 right, 0.05 right, 0.8 wrong, 0.45 right (tau 0.5).
-    curve = risk_coverage([0.45, 0.99, 0.8, 0.05], [0, 1, 0, 0], 0.5)
-    assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
-    assert curve.risk == pytest.approx([0.0, 0.0, 1 / 3, 0.25])
-    assert curve.area == pytest.approx((0 + 0 + 1 / 3 + 0.25) / 4)
-    tied = risk_coverage([0.9, 0.9, 0.1], [1, 0, 0], 0.5)
-    assert tied.coverage[-1] == 1.0
-    with pytest.raises(BadInput):
-        risk_coverage([], [], 0.5)
 
 
 def test_a_sweep_on_a_case_done_by_hand() -> None:

@@ -14,7 +14,6 @@ from saec.evaluate.metrics import (
     Confusion,
     accuracy,
     auroc,
-    average_precision,
     balanced_accuracy,
     clopper_pearson,
     confusion,
@@ -23,7 +22,6 @@ from saec.evaluate.metrics import (
     percentiles,
     risk_coverage,
     threshold_sweep,
-    wilson,
 )
 
 few = settings(deadline=None, max_examples=60)
@@ -60,14 +58,6 @@ def test_auroc_only_depends_on_the_order_and_flips_with_it(sample: list[tuple[fl
     assert auroc(np.exp(scores), labels) == plain
     if plain is not None:
         assert auroc(-scores, labels) == pytest.approx(1 - plain, abs=1e-12)
-
-
-def test_average_precision_of_a_worked_example() -> None:
-    # From the top: hit (1/1), miss, hit (2/3) → ½·1 + ½·⅔.
-    assert average_precision([4, 3, 2, 1], [True, False, True, False]) == pytest.approx(5 / 6)
-    # Equal scores are called together: both defects and both good parts at once.
-    assert average_precision([1, 1, 1, 1], [True, False, True, False]) == pytest.approx(0.5)
-    assert average_precision([1.0], [False]) is None
 
 
 def test_rates_of_a_worked_example() -> None:
@@ -120,19 +110,8 @@ def test_clopper_pearson_reproduces_published_values() -> None:
         assert clopper_pearson(k, n) == pytest.approx(want, abs=5e-5)
 
 
-def test_wilson_reproduces_published_values() -> None:
-    # Newcombe (1998), table I, method 3.
-    for k, n, want in [
-        (81, 263, (0.2553, 0.3662)),
-        (15, 148, (0.0624, 0.1605)),
-        (0, 20, (0.0, 0.1611)),
-        (1, 29, (0.0061, 0.1718)),
-    ]:
-        assert wilson(k, n) == pytest.approx(want, abs=5e-5)
-
-
 def test_an_interval_needs_parts_and_sensible_counts() -> None:
-    assert clopper_pearson(0, 0) is None and wilson(0, 0) is None
+    assert clopper_pearson(0, 0) is None
     with pytest.raises(BadInput, match="k=3, n=2"):
         clopper_pearson(3, 2)
 
@@ -145,13 +124,12 @@ def test_intervals_contain_the_rate_mirror_each_other_and_widen_with_confidence(
     kn: tuple[int, int], level: float
 ) -> None:
     k, n = kn
-    for interval in (clopper_pearson, wilson):
-        low, high = interval(k, n, level) or (math.nan, math.nan)
-        assert 0 <= low <= k / n <= high <= 1
-        mirror = interval(n - k, n, level)
-        assert mirror == pytest.approx((1 - high, 1 - low), abs=1e-9)
-        wider = interval(k, n, 0.999) or (math.nan, math.nan)
-        assert wider[0] <= low + 1e-12 and high <= wider[1] + 1e-12
+    low, high = clopper_pearson(k, n, level) or (math.nan, math.nan)
+    assert 0 <= low <= k / n <= high <= 1
+    mirror = clopper_pearson(n - k, n, level)
+    assert mirror == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    wider = clopper_pearson(k, n, 0.999) or (math.nan, math.nan)
+    assert wider[0] <= low + 1e-12 and high <= wider[1] + 1e-12
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])

@@ -6,7 +6,7 @@ from saec.calibrate.escape import best_escape, clopper_pearson_upper, escape_thr
 from saec.calibrate.fusion import FINAL_TAU, Fusion, fit_fusion, fit_tau_cloud
 from saec.calibrate.guarantee import Guarantee, NotEnoughData
 from saec.calibrate.score import ScoreCalibration, class_confidences, confidences, fit_temperature
-from saec.calibrate.sweep import Arms, RiskCoverage, SweepPoint, risk_coverage, threshold_sweep
+from saec.calibrate.sweep import Arms, SweepPoint, threshold_sweep
 from saec.calibrate.thresholds import Thresholds, escalation_mask
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Fusion",
     "Guarantee",
     "NotEnoughData",
-    "RiskCoverage",
     "ScoreCalibration",
     "SweepPoint",
     "Thresholds",
@@ -34,6 +33,5 @@ __all__ = [
     "fit_temperature",
     "overkill_threshold",
     "p_value",
-    "risk_coverage",
     "threshold_sweep",
 ]

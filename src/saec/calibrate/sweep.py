@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saec.calibrate._numeric import Floats, in_unit, vector
-from saec.calibrate.escalation import place, uncertainty
+from saec.calibrate.escalation import place
 from saec.calibrate.fusion import FINAL_TAU, Fusion
 from saec.calibrate.thresholds import Thresholds, escalation_mask
 from saec.errors import BadInput
@@ -51,37 +51,6 @@ class SweepPoint:
     overkill_rate: float | None
     escalation: float
     cloud_s: float | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RiskCoverage:
-    """``risk[i]`` is the error rate of the edge on the ``coverage[i]`` share of parts it is surest about; ``area`` is
-    the mean risk over all coverages (AURC; Geifman, El-Yaniv 2017), smaller is better."""
-
-    coverage: Floats
-    risk: Floats
-    area: float
-
-
-def risk_coverage(p_edge: ArrayLike, labels: ArrayLike, tau_edge: float) -> RiskCoverage:
-    """Return the risk-coverage curve of the edge; sure means far from ``tau_edge`` in logits.
-
-    One point for each distinct certainty, so the order of tied parts does not matter.
-
-    Raises:
-        BadInput: no parts, different lengths, or values outside [0, 1].
-    """
-    p, truth = vector(p_edge, "p_edge", low=0, high=1), vector(labels, "labels", low=0, high=1)
-    if p.size == 0 or p.size != truth.size:
-        raise BadInput("one label for each part is needed", where=f"{p.size} parts, {truth.size} labels")
-    doubt = uncertainty(p, in_unit(tau_edge, "tau_edge", closed=True))
-    wrong = ((p >= tau_edge) != (truth >= 0.5)).astype(np.float64)
-    order = np.argsort(-doubt, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(doubt[order]) != 0), p.size - 1)
-    count = ends + 1.0
-    risk = np.cumsum(wrong[order])[ends] / count
-    widths = np.diff(count, prepend=0.0)
-    return RiskCoverage(coverage=count / p.size, risk=risk, area=float(np.sum(risk * widths) / p.size))
 
 
 def threshold_sweep(

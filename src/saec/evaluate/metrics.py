@@ -7,14 +7,13 @@ enter here: they are neither good nor defect, so they are left out of every rate
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from saec.calibrate.escape import clopper_pearson_upper
 from saec.errors import BadInput
 
 Floats = NDArray[np.float64]
@@ -98,32 +97,10 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
     return wins_twice / (2 * positives * negatives)
 
 
-def average_precision(scores: ArrayLike, labels: ArrayLike) -> float | None:
-    """Area under the precision–recall steps, Σ (Rₖ − Rₖ₋₁) Pₖ over the distinct scores; ``None`` without defects."""
-    values, t = _pair(scores, labels)
-    if not t.any():
-        return None
-    pos, neg = (counts[::-1] for counts in _counts_by_score(values, t))
-    tp, called = np.cumsum(pos), np.cumsum(pos + neg)
-    return float((pos / pos.sum() * (tp / called)).sum())
-
-
 def percentiles(values: ArrayLike, at: Sequence[float] = (50, 90, 99)) -> dict[str, float] | None:
     """Linear-interpolated percentiles as ``{"p50": …}``; ``None`` when there are no values."""
     v = np.asarray(values, dtype=np.float64)
     return {f"p{q:g}": float(x) for q, x in zip(at, np.percentile(v, at), strict=True)} if v.size else None
-
-
-def wilson(k: int, n: int, confidence: float = 0.95) -> Interval | None:
-    """Wilson's score interval for a rate ``k / n`` (Wilson 1927); ``None`` when n is 0."""
-    if not _valid_rate(k, n, confidence):
-        return None
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p, z2n = k / n, z * z / n
-    centre = (p + z2n / 2) / (1 + z2n)
-    half = z / (1 + z2n) * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return (0.0 if k == 0 else low, 1.0 if k == n else high)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval | None:
@@ -131,13 +108,13 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval | None
 
     It covers the true rate with at least the stated confidence for every n, which is why the report uses it.
     """
-    if not _valid_rate(k, n, confidence):
+    if not 0 <= k <= n or not 0 < confidence < 1:
+        raise BadInput("a rate needs 0 <= k <= n and 0 < confidence < 1", where=f"k={k}, n={n}, {confidence}")
+    if n == 0:
         return None
-    tail = (1 - confidence) / 2
-    # P(X ≥ k) = tail at the lower end and P(X ≤ k) = tail at the upper end; both are monotone in p.
-    low = 0.0 if k == 0 else _bisect(lambda p: 1 - _binomial_cdf(k - 1, n, p) < tail)
-    high = 1.0 if k == n else _bisect(lambda p: _binomial_cdf(k, n, p) > tail)
-    return (low, high)
+    one_sided = (1 + confidence) / 2
+    # The lower end is what the upper end of the opposite event leaves.
+    return 1 - clopper_pearson_upper(n - k, n, one_sided), clopper_pearson_upper(k, n, one_sided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,28 +184,3 @@ def _pair(scores: ArrayLike, flags: ArrayLike) -> tuple[Floats, NDArray[np.bool_
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _valid_rate(k: int, n: int, confidence: float) -> bool:
-    if not 0 <= k <= n or not 0 < confidence < 1:
-        raise BadInput("a rate needs 0 <= k <= n and 0 < confidence < 1", where=f"k={k}, n={n}, {confidence}")
-    return n > 0
-
-
-def _binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X ≤ k) for X ~ Binomial(n, p) with 0 < p < 1, summed in logarithms so that large n does not underflow."""
-    i = np.arange(1, k + 1, dtype=np.float64)
-    log_choose = np.concatenate([[0.0], np.cumsum(np.log(n - i + 1) - np.log(i))])
-    steps = np.arange(k + 1, dtype=np.float64)
-    logs = log_choose + steps * math.log(p) + (n - steps) * math.log1p(-p)
-    top = float(logs.max())
-    return min(1.0, math.exp(top) * float(np.exp(logs - top).sum()))
-
-
-def _bisect(go_right: Callable[[float], bool]) -> float:
-    """The point of (0, 1) left of which ``go_right`` holds, to double precision."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if go_right(middle) else (low, middle)
-    return (low + high) / 2
