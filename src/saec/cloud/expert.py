@@ -32,11 +32,11 @@ from saec.cloud.head import Head, best_ridge, fit_head, pooled
 from saec.cloud.images import encode_jpeg, shrink
 from saec.config import Settings
 from saec.data.dataset import Dataset
-from saec.data.decode import UnreadableImage, decode_image, read_with_hash
+from saec.data.decode import decode_image
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
-from saec.edge.fitters import COPIES, disturbed
+from saec.edge.fitters import COPIES, disturbed, heat_threshold, read_to_fit
 from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
@@ -144,18 +144,17 @@ def _fit_product(
         seen = _seen_in_folds(
             [part for part, used in zip(parts, is_memory, strict=True) if used], detector, pool, settings
         )
-    heats = [float(one.heatmap.max()) for one in seen if one.heatmap is not None]
-    heat_threshold = max(float(np.quantile(heats, 0.95)), 1e-6)
+    marked_above = heat_threshold(seen)
     if not with_head:
         good = [one.score for one in seen]
         threshold = overkill_threshold(good, settings.calibration.overkill).threshold
-        return ExpertModel(detector, None, ScoreCalibration.from_good(good, threshold), heat_threshold), {}
+        return ExpertModel(detector, None, ScoreCalibration.from_good(good, threshold), marked_above), {}
     x = np.stack(rows)
     ridge, scores = best_ridge(x, is_defect)
     calibrates = is_defect | ~is_memory if (~is_memory & ~is_defect).any() else np.ones(len(parts), dtype=bool)
     score = ScoreCalibration.from_labelled(scores[calibrates & ~is_defect], scores[is_defect])
     known = {hashes[i]: float(score.p_defect(scores[i])) for i in np.flatnonzero(calibrates)}
-    return ExpertModel(detector, fit_head(x, is_defect, ridge), score, heat_threshold), known
+    return ExpertModel(detector, fit_head(x, is_defect, ridge), score, marked_above), known
 
 
 def _seen_in_folds(
@@ -185,10 +184,7 @@ def _seen_in_folds(
 
 def _read(part: Part, settings: Settings) -> tuple[str, Image]:
     """Return the file's sha256 and the image as the uplink will bring it: what JPEG does to it is learnt, not met."""
-    try:
-        sha256, image = read_with_hash(part.path, max_pixels=settings.data.max_pixels)
-    except UnreadableImage as error:
-        raise BadInput("cannot fit on an image that cannot be read", where=error, fix="remove or replace it") from None
+    sha256, image = read_to_fit(part, settings)
     sent = encode_jpeg(shrink(image, settings.cloud.max_side), settings.cloud.jpeg_quality)
     return sha256, decode_image(sent, name=str(part.path))
 

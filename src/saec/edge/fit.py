@@ -44,7 +44,13 @@ def fit_station(
         BadInput: a product without good images, an unreadable image, or not enough data for the escape rate asked for.
     """
     backbone = Backbone(threads=settings.edge.threads)
-    fitter = MemoryFitter(backbone, settings, cloud, cloud_opinions or {}, progress or _silent)
+    fitter = MemoryFitter(
+        backbone=backbone,
+        settings=settings,
+        cloud=cloud,
+        opinions=cloud_opinions or {},
+        progress=progress or _silent,
+    )
     return _station(dataset, settings, f"memory {backbone.model_id}", fitter)
 
 
@@ -59,7 +65,9 @@ def fit_classifier_station(
 ) -> Station:
     """Make a station of an ONNX classifier: only its temperature and thresholds are fitted. See :func:`fit_station`."""
     classifier = OnnxClassifier.load(model, spec, threads=settings.edge.threads)
-    fitter = ClassifierFitter(classifier, settings, cloud, {}, progress or _silent)
+    fitter = ClassifierFitter(
+        classifier=classifier, settings=settings, cloud=cloud, opinions={}, progress=progress or _silent
+    )
     return _station(dataset, settings, f"classifier {classifier.model_id}", fitter)
 
 

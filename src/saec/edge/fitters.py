@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -61,42 +61,36 @@ class _Scored:
     seen: Observation
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Fitter:
-    """What both kinds of station share: reading, asking the cloud, calibrating."""
+    """What both kinds of station share: reading, scoring, asking the cloud, calibrating."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        self.settings, self.cloud, self.opinions, self.progress = settings, cloud, opinions, progress
-        self.train_sha256: set[str] = set()
-        self.calibration_sha256: set[str] = set()
+    settings: Settings
+    cloud: CloudClient | None
+    opinions: Mapping[str, float]
+    progress: Progress
+    train_sha256: set[str] = field(default_factory=set, init=False)
+    calibration_sha256: set[str] = field(default_factory=set, init=False)
 
     def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
         """Fit one product to its parts of the splits train, calibration, or none."""
         raise NotImplementedError
 
     def read(self, parts: Sequence[Part], step: str) -> Iterator[_Read]:
-        """Read images one by one, telling the progress.
-
-        Raises:
-            BadInput: an image that cannot be read: a station fitted on what was left over would be a surprise.
-        """
+        """Read images one by one, telling the progress; see :func:`read_to_fit`."""
         for number, part in enumerate(parts):
             yield self._read(part)
             self.progress(step, number + 1, len(parts))
 
     def _read(self, part: Part) -> _Read:
-        try:
-            sha256, image = read_with_hash(part.path, max_pixels=self.settings.data.max_pixels)
-        except UnreadableImage as error:
-            raise BadInput(
-                "cannot fit on an image that cannot be read", where=error, fix="remove or replace it"
-            ) from None
-        return _Read(part, sha256, image)
+        return _Read(part, *read_to_fit(part, self.settings))
+
+    def scored(self, parts: Sequence[Part], step: str, look: Callable[[Image], Observation]) -> list[_Scored]:
+        """Read and score held-out parts."""
+        return [
+            _Scored(read.part, read.sha256, scene_complexity(read.image).score, look(read.image))
+            for read in self.read(parts, step)
+        ]
 
     def calibrated(
         self, product: str, good: Sequence[_Scored], defects: Sequence[_Scored], reference: Image, *, cross_fitted: bool
@@ -149,19 +143,11 @@ class Fitter:
             raise BadInput(what, where=scored.part.path, fix="mend the cloud, or fit without --cloud") from None
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class MemoryFitter(Fitter):
     """Fits the default detector: a memory of good parts."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        super().__init__(settings, cloud, opinions, progress)
-        self.backbone = backbone
+    backbone: Backbone
 
     def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
         """See :meth:`Fitter.fit`."""
@@ -190,29 +176,22 @@ class MemoryFitter(Fitter):
             progress=lambda share: self.progress(f"{product}: filling the memory", round(100 * share), 100),
         )
         judges = [detector]
+
+        def look(image: Image) -> Observation:
+            """The mean of the detectors: the station's, or those of the folds, as the good parts were scored."""
+            return _mean(judges, self._features(image, detector))
+
         notes: tuple[str, ...] = ()
         if held_out:
-            good = self._observe(held_out, judges, f"{product}: scoring held-out good parts")
+            good = self.scored(held_out, f"{product}: scoring held-out good parts", look)
         elif len(train) == 1:
             good, notes = self._copies(train[0], detector), (ONE_GOOD,)
         else:
             good, judges = self._folds(product, kept, prints, pool, sides)
-        scored = self._observe(defects, judges, f"{product}: scoring defects") if defects else []
+        scored = self.scored(defects, f"{product}: scoring defects", look)
         calibration = self.calibrated(product, good, scored, reference, cross_fitted=not held_out)
         calibration = replace(calibration, notes=calibration.notes + notes)
-        return ProductModel(detector, calibration, _heat_threshold(good), reference)
-
-    def _observe(self, parts: Sequence[Part], judges: Sequence[MemoryDetector], step: str) -> list[_Scored]:
-        """Score parts by the mean of the detectors: the station's, or those of the folds, as the good parts were."""
-        return [
-            _Scored(
-                read.part,
-                read.sha256,
-                scene_complexity(read.image).score,
-                _mean(judges, self._features(read.image, judges[0])),
-            )
-            for read in self.read(parts, step)
-        ]
+        return ProductModel(detector, calibration, heat_threshold([scored.seen for scored in good]), reference)
 
     def _features(self, image: Image, detector: MemoryDetector) -> list[Features]:
         return [self.backbone(image, side) for side in detector.sides]
@@ -254,19 +233,11 @@ class MemoryFitter(Fitter):
         ]
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class ClassifierFitter(Fitter):
     """Fits the temperature and the thresholds of a given classifier."""
 
-    def __init__(
-        self,
-        classifier: OnnxClassifier,
-        settings: Settings,
-        cloud: CloudClient | None,
-        opinions: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        super().__init__(settings, cloud, opinions, progress)
-        self.classifier = classifier
+    classifier: OnnxClassifier
 
     def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
         """See :meth:`Fitter.fit`."""
@@ -278,13 +249,8 @@ class ClassifierFitter(Fitter):
             labels = [False] * len(good_parts) + [True] * len(defects)
             classifier = classifier.at_temperature(temperature_of(classifier, (read.image for read in reads), labels))
         reference = _shrunk(self._read(good_parts[0]).image)
-        good, scored = (
-            [
-                _Scored(read.part, read.sha256, scene_complexity(read.image).score, classifier.observe(read.image))
-                for read in self.read(some, f"{product}: {step}")
-            ]
-            for some, step in ((good_parts, "scoring good parts"), (defects, "scoring defects"))
-        )
+        good = self.scored(good_parts, f"{product}: scoring good parts", classifier.observe)
+        scored = self.scored(defects, f"{product}: scoring defects", classifier.observe)
         calibration = self.calibrated(product, good, scored, reference, cross_fitted=False)
         return ProductModel(classifier, calibration, 1.0, reference)
 
@@ -314,9 +280,21 @@ def _mean(judges: Sequence[MemoryDetector], features: Sequence[Features]) -> Obs
     return Observation(float(np.mean([one.score for one in seen])), np.mean(heats, axis=0, dtype=np.float32))
 
 
-def _heat_threshold(good: Sequence[_Scored]) -> float:
+def read_to_fit(part: Part, settings: Settings) -> tuple[str, Image]:
+    """Return the sha256 and the image of a part to be fitted on.
+
+    Raises:
+        BadInput: it cannot be read: a model fitted on what was left over would be a surprise.
+    """
+    try:
+        return read_with_hash(part.path, max_pixels=settings.data.max_pixels)
+    except UnreadableImage as error:
+        raise BadInput("cannot fit on an image that cannot be read", where=error, fix="remove or replace it") from None
+
+
+def heat_threshold(good: Sequence[Observation]) -> float:
     """Return the level that the worst cell of 95 % of the good parts stays below."""
-    worst = [float(scored.seen.heatmap.max()) for scored in good if scored.seen.heatmap is not None]
+    worst = [float(seen.heatmap.max()) for seen in good if seen.heatmap is not None]
     return max(float(np.quantile(worst, 0.95)), 1e-6)
 
 
