@@ -83,17 +83,24 @@ def read_with_hash(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, Im
     Raises:
         UnreadableImage: as :func:`read_image`; carries the sha256 when the bytes could be read.
     """
-    data = read_bytes(path, max_bytes=max_pixels * _BYTES_PER_PIXEL + _HEADER_ALLOWANCE)
+    data = _read_bytes(path, max_bytes=max_pixels * _BYTES_PER_PIXEL + _HEADER_ALLOWANCE)
     sha256 = hashlib.sha256(data).hexdigest()
-    return sha256, _decode(data, str(path), max_pixels, sha256)
+    return sha256, decode_image(data, name=str(path), max_pixels=max_pixels)
 
 
 def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode the bytes of an image file; ``name`` stands for the path in errors. See :func:`read_image`."""
-    return _decode(data, name, max_pixels, None)
+    try:
+        return _decode_checked(data, max_pixels)
+    except _Refused as refused:
+        why = str(refused)
+    except Exception as error:  # noqa: BLE001 - hostile bytes can raise anything in a decoder; the reason is recorded
+        why = f"cannot be decoded ({_one_line(error)})"
+    # Raised outside the handler, and with the digest of what was read, so that the part can be recorded by content.
+    raise UnreadableImage(name, why, sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes:
+def _read_bytes(path: Path, *, max_bytes: int) -> bytes:
     """Return the bytes of a regular file.
 
     Raises:
@@ -105,7 +112,7 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes:
             raise UnreadableImage(path, "is a directory")
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(path, "is not a regular file")
-        if max_bytes is not None and status.st_size > max_bytes:
+        if status.st_size > max_bytes:
             raise UnreadableImage(path, f"file of {status.st_size} bytes is larger than any permitted image")
         return path.read_bytes()
     except FileNotFoundError:
@@ -113,17 +120,6 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes:
     except OSError as error:
         why = "too many symbolic links" if error.errno == errno.ELOOP else (error.strerror or "cannot be read").lower()
         raise UnreadableImage(path, why) from None
-
-
-def _decode(data: bytes, name: str, max_pixels: int, sha256: str | None) -> Image:
-    try:
-        return _decode_checked(data, max_pixels)
-    except _Refused as refused:
-        why = str(refused)
-    except Exception as error:  # noqa: BLE001 - hostile bytes can raise anything in a decoder; the reason is recorded
-        why = f"cannot be decoded ({_one_line(error)})"
-    # Raised outside the handler, and from the digest of what was read, so that the part can be recorded by content.
-    raise UnreadableImage(name, why, sha256=sha256 or hashlib.sha256(data).hexdigest())
 
 
 class _Refused(Exception):
