@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from saec.cloud.geometry import to_original
 from saec.cloud.prompt import KINDS
+from saec.cloud.wire import first_problem
 from saec.types import Evidence, Query
 
 _SPACES = " \t\r\n▁Ġ"
@@ -102,7 +103,7 @@ def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
     try:
         first = _LabelReply.model_validate_json(body).choices[0].logprobs.content[0]
     except ValidationError as error:
-        raise UnusableAnswer(f"no first-token log-probabilities ({_brief(error)})") from None
+        raise UnusableAnswer(f"no first-token log-probabilities ({first_problem(error)})") from None
     # Keyed by token: servers differ in whether the chosen token is repeated among the top ones.
     found = {each.token: each.logprob for each in (first, *first.top_logprobs)}
     good, defect = (
@@ -130,7 +131,7 @@ def read_evidence(body: bytes, seen: tuple[int, int], query: Query, *, source: s
         found = _Evidence.model_validate_json(choice.message.content)
         boxes = tuple(to_original(corners, seen, query) for corners in found.bboxes)
     except ValidationError as error:
-        raise UnusableAnswer(f"not the asked JSON ({_brief(error)})") from None
+        raise UnusableAnswer(f"not the asked JSON ({first_problem(error)})") from None
     except ValueError as error:  # of to_original
         raise UnusableAnswer(str(error)) from None
     return Evidence(boxes=boxes, kind=found.kind, text=found.desc.strip() or None, source=source)
@@ -145,12 +146,7 @@ def read_models(body: bytes) -> list[str]:
     try:
         return [model.id for model in _Models.model_validate_json(body).data]
     except ValidationError as error:
-        raise UnusableAnswer(f"not a list of models ({_brief(error)})") from None
-
-
-def _brief(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(str(step) for step in first['loc']) or 'answer'}: {first['msg']}"
+        raise UnusableAnswer(f"not a list of models ({first_problem(error)})") from None
 
 
 def _quoted(tokens: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ with 286 labelled defects the head reaches 0.93-0.97 AUROC where the edge has 0.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from saec.cloud.images import encode_jpeg, shrink
 from saec.config import Settings
 from saec.data.dataset import Dataset
 from saec.data.decode import decode_image
+from saec.data.hashing import sha256_json
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
@@ -233,8 +233,7 @@ class ExpertBackend:
             }
         except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BadInput(f"the expert is damaged ({error})", where=path, fix="fit it again") from None
-        identity = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-        return cls(models, f"expert@{identity[:12]}")
+        return cls(models, f"expert@{sha256_json(tree)[:12]}")
 
 
 def _save(models: Mapping[str, ExpertModel], backbone: Backbone, out: Path) -> None:

@@ -148,7 +148,7 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
             anomaly_map=map_part,
         )
     except ValidationError as error:
-        raise WireError(_first(error)) from None
+        raise WireError(first_problem(error)) from None
     header = question.model_dump_json(exclude_defaults=True).encode()
     return b"".join((_PREFIX.pack(_MAGIC, VERSION, len(header)), header, image, map_bytes))
 
@@ -209,7 +209,7 @@ def parse_question(body: bytes | bytearray) -> Question:
     try:
         head = _Question.model_validate_json(bytes(view[_PREFIX.size : start]))
     except ValidationError as error:
-        raise WireError(f"the header: {_first(error)}") from None
+        raise WireError(f"the header: {first_problem(error)}") from None
     if head.region is not None:
         _check_box(Box(*head.region), (head.width, head.height), WireError, "the region")
     image, start = _cut(view, start, head.image, "image")
@@ -239,7 +239,7 @@ def decode_opinion(body: bytes, original_size: tuple[int, int]) -> Opinion:
     try:
         answer = _OpinionBody.model_validate_json(body)
     except ValidationError as error:
-        raise BadAnswer(_first(error)) from None
+        raise BadAnswer(first_problem(error)) from None
     return _opinion(answer, original_size)
 
 
@@ -273,7 +273,7 @@ def _body(opinion: Opinion, original_size: tuple[int, int]) -> _OpinionBody:
             diagnostics={name: float(value) for name, value in opinion.diagnostics.items()},
         )
     except ValidationError as error:
-        raise BadAnswer(_first(error)) from None
+        raise BadAnswer(first_problem(error)) from None
     except (AttributeError, TypeError, ValueError) as error:  # not an Opinion, or fields of other types
         raise BadAnswer(f"not an opinion ({error})") from None
     _opinion(body, original_size)
@@ -342,6 +342,7 @@ def _unpack_map(part: _MapPart | None, data: memoryview | None) -> Heatmap | Non
     return scaled.astype(np.float32)
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a message and where in it, without repeating the message."""
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(str(step) for step in first['loc']) or 'message'}: {first['msg']}"

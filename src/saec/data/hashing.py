@@ -12,6 +12,7 @@ Measured on the real sets, the residual of copies (JPEG quality 60-75, half size
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,11 @@ def sha256_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(tree: object) -> str:
+    """Return the SHA-256 of plain JSON types, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def difference_hash(image: Image) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saec.data.hashing import sha256_json
 from saec.errors import BadInput
 
 _SEAL = "sha256"
@@ -44,7 +45,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mappi
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            sealed = {**tree, _SEAL: _digest(tree)}
+            sealed = {**tree, _SEAL: sha256_json(tree)}
             for name, data in {**files, index: json.dumps(sealed, indent=1).encode()}.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_durably(new / name, data)
@@ -74,7 +75,7 @@ def read_index(path: Path, index: str, *, kind: str, version: int) -> dict[str, 
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != version:
         raise BadInput(f"{kind} of format {found}, this version reads {version}", where=path, fix="fit it again")
-    if tree.pop(_SEAL, None) != _digest(tree):
+    if tree.pop(_SEAL, None) != sha256_json(tree):
         what = f"the {kind} is damaged (its index is not the one that was saved)"
         raise BadInput(what, where=path / index, fix="fit it again or restore the file")
     return dict(tree)
@@ -95,10 +96,6 @@ def read_checked(path: Path, name: str, sha256: str, *, kind: str) -> bytes:
         what = f"the {kind} is damaged (the file is not the one that was saved)"
         raise BadInput(what, where=path / name, fix="fit it again or restore the file")
     return data
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -30,6 +30,7 @@ from saec.calibrate.policy import Policy
 from saec.calibrate.score import confidences
 from saec.config import RouteSettings, Settings
 from saec.data.decode import UnreadableImage, decode_image
+from saec.data.hashing import sha256_json
 from saec.edge.backbone import Backbone
 from saec.edge.classifier import ClassifierSpec, OnnxClassifier
 from saec.edge.detector import MemoryDetector
@@ -71,8 +72,7 @@ class StationManifest:
     @property
     def sha256(self) -> str:
         """The station's identity: the hash over its files' hashes; dates and versions do not enter."""
-        text = json.dumps({"detector": self.detector, "files": dict(self.files)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256_json({"detector": self.detector, "files": dict(self.files)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,8 +20,7 @@ from saec.types import EdgeResult, Evidence, Heatmap, Image, Part, Query, Reason
 
 Decode = Callable[[Path], tuple[str, Image]]
 """Read a file: (sha256 of its bytes, [H, W, 3] uint8 BGR). Raises for an unreadable one; the error's text is
-recorded, and
-its attribute ``sha256`` where it has one. Called from several threads."""
+recorded, and its attribute ``sha256`` where it has one. Called from several threads."""
 
 Scene = Callable[[Image], SceneScore]
 

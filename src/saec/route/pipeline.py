@@ -20,8 +20,6 @@ ledger; on a folder of waiting files it is the pace at which verdicts come. A la
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import signal
 import threading
@@ -30,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from saec.config import Settings
+from saec.data.hashing import sha256_json
 from saec.fleet.ledger import Ledger
 from saec.route.ask import Asker
 from saec.route.budget import Budget, SharedBudget
@@ -44,8 +43,7 @@ from saec.types import CloudClient, Part, Verdict
 
 OnVerdict = Callable[[Verdict, bool], None]
 """``(verdict, final)``, called in the caller's thread once the verdict is durable: local verdicts in part order
-(``final``
-is false while a cloud question is open), amendments as they come."""
+(``final`` is false while a cloud question is open), amendments as they come."""
 
 
 def inspect_stream(
@@ -74,17 +72,11 @@ def inspect_stream(
     Raises:
         BadInput: the ledger belongs to another station or other routing settings, is damaged, or the disk is full.
         Exception: whatever ``parts`` raised (after all parts taken before it have their verdict), ``on_verdict``
-        raised, or a
-            stage crashed with.
+            raised, or a stage crashed with.
     """
-    ledger.bind(station=fingerprint(dict(edge.models)), settings=routing_fingerprint(settings))
+    ledger.bind(station=sha256_json(dict(edge.models)), settings=routing_fingerprint(settings))
     run = _Run(edge, decode, scene, cloud, settings, ledger, on_verdict, clock, rng or random.Random())
     return run.execute(parts)
-
-
-def fingerprint(tree: object) -> str:
-    """Return the sha256 of plain JSON types, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def routing_fingerprint(settings: Settings) -> str:
@@ -93,7 +85,7 @@ def routing_fingerprint(settings: Settings) -> str:
         include={"mode", "random_ratio", "seed", "budget_share", "budget_bytes", "budget_seconds"}
     )
     cloud = settings.cloud.model_dump(include={"uplink", "max_side", "jpeg_quality"})
-    return fingerprint({"route": route, "cloud": cloud})
+    return sha256_json({"route": route, "cloud": cloud})
 
 
 class _Run:
