@@ -58,7 +58,8 @@ def build_elpv(
     dataset.require_good()
     parts = group_parts(dataset, bits=bits)
     splits = split_by_content(parts, shares, seed=seed)
-    kept = [one for one in parts if one.part.part_id in _limited(parts, splits, limit, seed)]
+    keep = _limited(parts, splits, limit, seed)
+    kept = [one for one in parts if one.part.part_id in keep]
     planned = [
         plan(one, split=splits[one.part.part_id], layout="product", probability=taken[one.part.part_id][0])
         for one in kept
