@@ -66,7 +66,7 @@ def fit_head(x: Doubles, is_defect: NDArray[np.bool_], ridge: float) -> Head:
     return Head(mean, scale, solution[:-1], float(solution[-1]))
 
 
-def held_out_scores(x: Doubles, is_defect: NDArray[np.bool_], ridge: float) -> Doubles:
+def _held_out_scores(x: Doubles, is_defect: NDArray[np.bool_], ridge: float) -> Doubles:
     """Return for each part [n] the score of a head that was fitted without its fold."""
     fold = np.random.default_rng(0).permutation(len(x)) % FOLDS
     scores = np.empty(len(x))
@@ -81,7 +81,7 @@ def best_ridge(x: Doubles, is_defect: NDArray[np.bool_]) -> tuple[float, Doubles
     """Return the ridge whose held-out scores fit the labels best (log loss after Platt's sigmoid), and those scores."""
     best: tuple[float, float, Doubles] | None = None
     for ridge in RIDGES:
-        scores = held_out_scores(x, is_defect, ridge)
+        scores = _held_out_scores(x, is_defect, ridge)
         p = ScoreCalibration.from_labelled(scores[~is_defect], scores[is_defect]).p_defect(scores)
         loss = -float(np.mean(np.log(np.clip(np.where(is_defect, p, 1 - p), 1e-9, 1))))
         if best is None or loss < best[0]:

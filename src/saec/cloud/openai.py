@@ -84,8 +84,6 @@ class OpenAIBackend:
             if label.p_defect >= self._settings.tau:
                 evidence = self._evidence(prompt, query)
                 timing_ms["evidence"] = (time.monotonic() - decided) * 1e3
-        except CloudError as error:
-            return error
         except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
             return error
         return Opinion(label.p_defect, evidence, self.model_id, timing_ms, diagnostics={"label_mass": label.mass})

@@ -23,6 +23,7 @@ from saec.cloud.endpoints import Endpoints
 from saec.cloud.transport import is_loopback
 from saec.cloud.wire import encode_problem
 from saec.config import ServeSettings
+from saec.data.manifest import write_atomic
 from saec.errors import BadInput, SaecError
 from saec.types import Backend
 
@@ -117,12 +118,7 @@ def serve(backend: Backend, settings: ServeSettings, *, on_ready: Callable[[str]
 def ready_file(path: Path) -> Callable[[str], None]:
     """Return an ``on_ready`` that writes ``{"url": …}`` to ``path``; a reader never sees half of it."""
 
-    def write(url: str) -> None:
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"url": url}) + "\n", encoding="utf-8")
-        part.replace(path)
-
-    return write
+    return lambda url: write_atomic(path, json.dumps({"url": url}) + "\n")
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

@@ -190,9 +190,8 @@ class Ledger:
         return Spent(int(row[0]), int(row[1]), int(row[2]), int(row[3]), float(row[4]))
 
     def verdicts(self) -> Iterator[Verdict]:
-        """Yield all verdicts by sequence, final or not."""
-        for line in _lines(self.path):
-            yield verdict_from_json(line, where=self.path)
+        """Yield all verdicts by sequence, final or not. See :func:`read_verdicts`."""
+        return read_verdicts(self.path)
 
     def export_jsonl(self, path: Path) -> int:
         """Write one verdict a line, by sequence, and return their number: the whole file or, on failure, the old one.

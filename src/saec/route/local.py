@@ -141,13 +141,12 @@ class LocalJudge:
             return Judged(replace(verdict, timings_ms=timings))
         begun = self._clock()
         try:
-            judged = self._judge_image(part, decoded.sha256, decoded.image, scored, timings)
+            return self._judge_image(part, decoded.sha256, decoded.image, scored, timings)
         except Closed:
             raise  # the run is over while the scene score was waited for: no fault of this part
         except Exception as error:  # noqa: BLE001 - recorded in the part's verdict
             verdict = unreadable_verdict(part, decoded.sha256, self.models, f"the edge failed: {_said(error)}")
-            judged = Judged(replace(verdict, timings_ms={**timings, "edge": _ms(self._clock, begun)}))
-        return judged
+            return Judged(replace(verdict, timings_ms={**timings, "edge": _ms(self._clock, begun)}))
 
     def _judge_image(
         self, part: Part, sha256: str, image: Image, scored: Callable[[], Scored], timings: dict[str, float]
