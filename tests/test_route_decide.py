@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from saec.calibrate.fusion import Fusion
 from saec.calibrate.policy import Policy
-from saec.calibrate.thresholds import Thresholds
+from saec.calibrate.score import confidences
+from saec.calibrate.thresholds import Thresholds, escalation_mask
 from saec.config import RouteSettings
 from saec.route.decide import decide, edge_label, final_label, lot
 from saec.types import EdgeResult, Label, Reason, SceneScore, SceneTerms, Where
@@ -56,6 +57,15 @@ def test_every_combination_yields_exactly_one_route(scene, edge, tau, mode, rati
     assert route.reason in (kept if route.where is Where.EDGE else sent)
     assert route.where in (Where.EDGE, Where.CLOUD)
     assert route == decide(scene, edge, Policy(mode, tau, ratio), sha256=sha256)
+
+
+@settings(deadline=None, max_examples=300)
+@given(UNIT, UNIT, thresholds)
+def test_the_router_sends_what_the_calibration_counted_on(scene, p_defect, tau):
+    s_max, margin, entropy = (float(value) for value in confidences(p_defect))
+    edge = EdgeResult(0.0, p_defect, s_max, margin, entropy)
+    route = decide(SceneScore(scene, TERMS), edge, Policy("cascade", tau))
+    assert (route.where is Where.CLOUD) == bool(escalation_mask(tau, [scene], [p_defect])[0])
 
 
 @settings(deadline=None, max_examples=300)
