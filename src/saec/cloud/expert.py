@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,13 +36,11 @@ from saec.data.hashing import sha256_json
 from saec.edge.backbone import STRIDE, Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
-from saec.edge.fitters import COPIES, disturbed, heat_threshold, read_to_fit
+from saec.edge.fitters import COPIES, Progress, disturbed, heat_threshold, read_to_fit
 from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
 from saec.types import Evidence, Image, Label, Observation, Opinion, Part, Query
-
-Progress = Callable[[str, int, int], None]
 
 FORMAT = 1
 INDEX = "expert.json"

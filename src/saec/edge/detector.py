@@ -59,7 +59,12 @@ class PatchPool:
             kept.append(flat.astype(np.float16))
 
     def fit(
-        self, backbone: Backbone, sides: tuple[int, ...], *, leave_out: Sequence[int] = (), progress: Progress = None
+        self,
+        backbone: Backbone,
+        sides: tuple[int, ...],
+        *,
+        leave_out: Sequence[int] = (),
+        progress: Callable[[float], None] | None = None,
     ) -> MemoryDetector:
         """Fit the banks to all images but those at the positions ``leave_out``."""
         out = set(leave_out)
@@ -70,6 +75,3 @@ class PatchPool:
             )
             memories.append(fit_memory(chosen, progress=progress))
         return MemoryDetector(backbone, sides, tuple(memories))
-
-
-Progress = Callable[[float], None] | None
