@@ -170,4 +170,3 @@ def test_two_passes_give_one_map_on_the_finer_grid():
     assert seen.heatmap is not None
     assert seen.heatmap.shape == (5, 5)
     assert seen.heatmap.dtype == np.float32
-    assert seen.confidences is None

@@ -123,7 +123,7 @@ class EdgeResult:
     """The edge's own verdict material for one image.
 
     ``score`` is the raw anomaly score (unbounded, larger is worse); ``p_defect`` its calibrated probability.
-    ``s_max``, ``margin`` and ``entropy`` are SAEC's three confidences of the class distribution (entropy normalised to
+    ``s_max``, ``margin`` and ``entropy`` are SAEC's three confidences of (1 - p, p) (entropy normalised to
     [0, 1]). ``heatmap`` may be ``None`` for a plain classifier.
     """
 
@@ -212,13 +212,11 @@ class Verdict:
 class Observation:
     """What a detector sees in one image, before calibration.
 
-    ``score`` is the raw anomaly score, unbounded, larger is worse. ``confidences`` are (s_max, margin, entropy) of the
-    detector's own classes where it has any; without them they are those of the calibrated P(defect).
+    ``score`` is the raw anomaly score, unbounded, larger is worse.
     """
 
     score: float
     heatmap: Heatmap | None = None
-    confidences: tuple[float, float, float] | None = None
 
 
 class Detector(Protocol):

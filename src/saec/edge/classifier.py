@@ -122,7 +122,11 @@ class OnnxClassifier:
         return values
 
     def observe(self, image: Image) -> Observation:
-        """Return score and confidences of one image; a classifier has no heatmap."""
+        """Return the score of one image; a classifier has no heatmap.
+
+        The router sees the confidences of the calibrated P(defect), as of every detector: those of the classifier's own
+        classes are in the score, and routing by them too would escalate more than the calibrated share.
+        """
         logits = self.logits(image) / self.spec.temperature
         p = np.exp(logits - logits.max())
         p /= p.sum()
@@ -132,7 +136,7 @@ class OnnxClassifier:
         else:
             defect = min(max(float(p[self.spec.defect_class]), 1e-9), 1 - 1e-9)
             score = math.log(defect / (1 - defect))
-        return Observation(score=score, confidences=(s_max, margin, entropy))
+        return Observation(score=score)
 
 
 def temperature_of(classifier: OnnxClassifier, images: Iterable[Image], is_defect: Sequence[bool]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from saec.calibrate.calibration import Calibration, CalibrationData, calibrate, content_digest
+from saec.calibrate.calibration import ONE_GOOD, Calibration, CalibrationData, calibrate, content_digest
 from saec.config import Settings
 from saec.data.decode import UnreadableImage, read_with_hash
 from saec.data.hashing import Fingerprint, fingerprint_image, group_near_duplicates
@@ -38,8 +38,6 @@ REFERENCE_SIDE = 1024
 
 SIZED_ON = 32
 """Good images whose sizes decide how large parts are shown to the backbone."""
-
-ONE_GOOD = "one good part: the threshold comes from shifted and turned copies of it and is no guarantee; add good parts"
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class Station:
         model = self._model(product)
         seen = model.detector.observe(image)
         p_defect = float(model.calibration.score.p_defect(seen.score))
-        s_max, margin, entropy = seen.confidences or (float(value) for value in confidences(p_defect))
+        s_max, margin, entropy = (float(value) for value in confidences(p_defect))
         result = EdgeResult(seen.score, p_defect, s_max, margin, entropy, seen.heatmap)
         if seen.heatmap is None:
             return result
