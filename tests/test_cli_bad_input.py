@@ -106,6 +106,8 @@ def test_one_unusable_image_among_others_does_not_end_the_run(tmp_path, station,
     assert found.err == ""
     summary = json.loads(found.out)
     assert (summary["n"], summary["unreadable"]) == (6, 1)
+    again = saec("inspect", tmp_path / "images", "--station", station, "--out", tmp_path / "run").out
+    assert "nobody has looked at it" in again and "0002x.png: " in again
 
 
 def test_a_missing_image_or_folder(tmp_path, station):

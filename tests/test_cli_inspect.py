@@ -75,6 +75,16 @@ def test_inspecting_a_folder_of_the_only_product_needs_no_product_name(tmp_path,
     assert str(tmp_path / "run" / "report.html") in found.out
 
 
+def test_inspecting_parts_that_the_station_has_learnt_from_says_that_the_rates_flatter_it(tmp_path, bolts, root):
+    known = bolts.parent / "known"
+    learnt = tree(known)
+    station = tmp_path / "station"
+    assert saec("fit", learnt, "-o", station).code == 0
+    seen = saec("inspect", learnt / "bolt" / "train", "-s", station, "-o", tmp_path / "seen").out
+    assert "the rates flatter it" in seen
+    assert "flatter" not in saec("inspect", learnt / "bolt" / "test", "-s", station, "-o", tmp_path / "fresh").out
+
+
 def test_files_and_folders_together_keep_their_own_names(tmp_path, bolts):
     one, other = flat(tmp_path / "a", 2), flat(tmp_path / "b", 2, first=7000)
     single = put(tmp_path / "c.png", cell(8000))
@@ -197,6 +207,7 @@ def test_kill_9_of_the_cloud_service_loses_no_part(tmp_path, station, monkeypatc
     assert all(v.error for v in run.verdicts if v.where is Where.FALLBACK)
     human = saec("inspect", images, "-s", station, "-o", tmp_path / "run", "--product", "bolt")
     assert "times the cloud gave no opinion and the edge's verdict stood" in human.out
+    assert "cloud unreachable" in human.out or "cloud paused" in human.out
 
 
 def test_evaluate_judges_the_test_split_alone(tmp_path, root, station):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_parts import SETTINGS, blotted, dataset, defects, good_parts, parts, plate, put, station
-from saec.calibrate.calibration import CalibrationData, calibrate, content_digest
+from saec.calibrate.calibration import ONE_GOOD, CalibrationData, calibrate, content_digest
 from saec.calibrate.fusion import Fusion
 from saec.data.readers import read_dataset
 from saec.edge import detector, fitters
@@ -87,7 +87,7 @@ def test_any_number_of_good_images_makes_a_station_that_tells_defects(tmp_path, 
 
 def test_one_good_image_is_a_beginning_and_says_so(tmp_path):
     found = fit_station(dataset(tmp_path, good_parts(tmp_path, 1)), SETTINGS)
-    assert found.calibration(PLATE).notes == (fitters.ONE_GOOD,)
+    assert found.calibration(PLATE).notes == (ONE_GOOD,)
     assert found.predict(plate(0), PLATE).p_defect < 0.5
 
 

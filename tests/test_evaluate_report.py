@@ -20,8 +20,20 @@ from saec.errors import BadInput
 from saec.evaluate.report import RunFolder, render, write_report
 from saec.evaluate.report_images import AT_THRESHOLD, encode_heatmap, overlay
 from saec.evaluate.report_svg import nice_ticks, thin
-from saec.evaluate.report_view import comparison, gallery
-from saec.evaluate.report_words import REASONS, WHERE, attention, headline, interval, number, percent, size
+from saec.evaluate.report_view import comparison, gallery, main_cards
+from saec.evaluate.report_words import (
+    REASONS,
+    WHERE,
+    all_defect,
+    attention,
+    headline,
+    interval,
+    number,
+    percent,
+    size,
+    uncertainty,
+)
+from saec.evaluate.run_record import ASK_ALWAYS
 from saec.evaluate.summary import summarise
 from saec.types import Label, Reason, Verdict, Where
 
@@ -48,7 +60,13 @@ def test_the_headline_counts_mistakes_in_plain_words() -> None:
 
 
 def test_the_headline_admits_what_it_cannot_know() -> None:
-    assert "cannot be counted" in headline(summarise(judged(None, GOOD, 3)))
+    unknown = summarise(judged(None, GOOD, 3) + judged(None, BAD, 1))
+    assert headline(unknown) == "1 of 4 parts was called defect."
+    assert uncertainty(unknown).startswith("Their truth is unknown, so mistakes cannot be counted.")
+    assert [(card.name, card.value) for card in main_cards(unknown)[:2]] == [
+        ("Called defect", "1"),
+        ("Called good", "3"),
+    ]
     assert headline(summarise([])) == "No parts were inspected."
     partly = headline(summarise(judged(GOOD, GOOD, 3) + judged(None, GOOD, 7)))
     assert partly.endswith("Truth is known for 3 of 10 parts.")
@@ -67,6 +85,25 @@ def test_an_edge_that_escalates_almost_everything_is_called_out() -> None:
     assert any("no longer fits" in note for note in attention(summarise(sent)))
     asked = [replace(v, reason=Reason.CLOUD_ONLY) for v in sent]
     assert not any("no longer fits" in note for note in attention(summarise(asked)))
+
+
+def test_rates_on_parts_that_the_station_has_learnt_from_come_with_a_warning() -> None:
+    found = judged(BAD, BAD, 400) + judged(GOOD, GOOD, 400)
+    assert not attention(summarise(found))
+    assert "the rates flatter it" in attention(summarise(found, learnt={found[0].sha256}))[0]
+
+
+def test_parts_that_are_all_called_defect_raise_the_question_whether_they_belong_here() -> None:
+    assert "Every part was called defect" in attention(summarise(judged(None, BAD, 10)))[0]
+    assert not attention(summarise(judged(None, BAD, 9)))  # nine defects in a row happen
+    assert not all_defect(summarise(judged(BAD, BAD, 50)))  # they are defects
+    assert not all_defect(summarise(judged(None, BAD, 50) + judged(None, GOOD, 1)))
+
+
+def test_a_run_for_a_sweep_is_not_told_to_recalibrate() -> None:
+    sent = [replace(v, where=Where.CLOUD, reason=Reason.IN_BAND) for v in judged(GOOD, GOOD, 10)]
+    notes = attention(summarise(sent, models={"router": ASK_ALWAYS}))
+    assert any("for a sweep" in note for note in notes) and not any("Recalibrate" in note for note in notes)
 
 
 def test_every_reason_and_every_place_has_plain_words() -> None:
@@ -222,7 +259,7 @@ def test_runs_that_tie_in_everything_have_no_best(run: RunFolder) -> None:
 def test_a_run_without_truth_still_makes_a_page(tmp_path: Path) -> None:
     found = [replace(v, truth=None) for v in verdicts(tmp_path / "images")]
     text = render([write_run(tmp_path / "run", found)])
-    assert "Their truth is unknown" in text and "need parts of both classes" in text
+    assert "Their truth is unknown" in text and "truth unknown" not in text and "need parts of both classes" in text
 
 
 def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:

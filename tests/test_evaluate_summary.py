@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from saec.calibrate.calibration import CalibrationData, calibrate
+from saec.calibrate.calibration import ONE_GOOD, CalibrationData, calibrate
 from saec.config import CalibrationSettings
 from saec.errors import BadInput
 from saec.evaluate.meter import Energy, Reading
@@ -138,6 +138,24 @@ def test_the_calibration_says_in_words_what_is_guaranteed() -> None:
     assert "Escape: no bound was asked for" in product["statement"]
     assert product["thresholds"]["tau_edge"] == 0.5
     json.dumps(product, allow_nan=False)
+
+
+def test_one_good_part_is_not_said_to_prove_anything() -> None:
+    copies = np.random.default_rng(0).normal(0, 1, 8)
+    fitted = calibrate(CalibrationData(copies, np.full(8, 0.4)), CalibrationSettings(overkill=0.05))
+    said = calibration_summary({"cell": replace(fitted, notes=(ONE_GOOD,))})["products"]["cell"]["statement"]
+    assert "nothing can be proven from one good part" in said and "8 good parts" not in said
+
+
+def test_the_verdicts_are_counted_also_where_nothing_is_known_about_the_truth() -> None:
+    summary = summarise([verdict(GOOD), verdict(BAD), verdict(BAD, product="wafer"), verdict(LOST)])
+    assert summary["called"] == {"good": 1, "defect": 2}
+    assert summary["per_product"]["wafer"]["called"] == {"good": 0, "defect": 1}
+
+
+def test_parts_that_the_station_has_learnt_from_are_counted() -> None:
+    assert summarise(RUN, learnt={"0" * 64})["learnt"] == len(RUN)
+    assert summarise(RUN)["learnt"] == 0
 
 
 def test_models_come_from_the_verdicts_when_not_given() -> None:

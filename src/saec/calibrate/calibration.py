@@ -25,6 +25,9 @@ from saec.errors import BadInput
 MIN_LABELLED = 10
 """Fewer good parts or defects than this do not move the threshold: it comes from the good parts alone."""
 
+ONE_GOOD = "one good part: the threshold comes from shifted and turned copies of it and is no guarantee; add good parts"
+"""Note of a calibration whose "good parts" are copies of a single one: its bound proves nothing."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationData:

@@ -45,7 +45,10 @@ def print_json(tree: Mapping[str, Any]) -> None:
 def print_tables(*tables: Table) -> None:
     """Print tables to stdout, their notes below as lines of their own: a caption would be as narrow as its table."""
     for table in tables:
-        console().print(replace(table, notes=()).to_rich())
+        shown, drawn = console(), replace(table, notes=()).to_rich()
+        # Where even its figures do not fit, lines longer than the terminal are better than figures cut short.
+        shown.width = max(shown.width, shown.measure(drawn, options=shown.options.update(width=WIDE)).minimum)
+        shown.print(drawn, "")
         for note in table.notes:
             console().print(note, style="dim")
 

@@ -58,8 +58,18 @@ Progress = Callable[[str, int, int], None]
 
 
 def fit(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Good parts, and labelled defects where there are any.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="STATION", help="Folder of the station.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Good parts, and labelled defects where there are any: a folder of images; one with good/ and "
+            "defect/; several of these, a product each; MVTec AD; KolektorSDD; KolektorSDD2; a CSV of path,label.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="STATION", help="Folder of the station; one that is there is replaced."),
+    ],
     expert: Annotated[
         bool, typer.Option("--expert", help="Also fit the larger model that saec cloud serve offers.")
     ] = False,
@@ -202,20 +212,22 @@ def stepper(progress: Bars) -> Progress:
 
 def calibration_table(station: Station) -> Table:
     """Return one row for each product: what calibrated it and where its thresholds lie."""
+    from saec.calibrate.calibration import ONE_GOOD
     from saec.evaluate.table import Cell, Table
 
     rows: list[Mapping[str, Cell]] = []
     for product in station.products:
         c = station.calibration(product)
+        alone = ONE_GOOD in c.notes  # n_good then counts its copies, and nothing is proven
         rows.append(
             {
                 "product": product,
-                "good": c.n_good,
+                "good": 1 if alone else c.n_good,
                 "defects": c.n_defect,
                 "method": c.method,
                 "threshold": c.overkill.threshold,
-                "overkill": f"{c.overkill.bound:.1%}",
-                "escape": None if c.escape is None else f"{c.escape.bound:.1%}",
+                "overkill": None if alone else f"≤ {c.overkill.bound:.1%}",
+                "escape": None if c.escape is None else f"≤ {c.escape.bound:.1%}",
                 "to cloud": f"{c.escalation_expected:.1%}",
             }
         )

@@ -15,6 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from saec.cli.console import console
@@ -80,7 +81,7 @@ class Live:
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("– parts/s" if speed is None else f"{speed:.1f} parts/s")
+        return Text("–/s" if speed is None else f"{speed:.1f}/s")
 
 
 class _Left(ProgressColumn):
@@ -105,22 +106,24 @@ def live(name: str, total: int | None, *, done: Sequence[Verdict] = ()) -> Itera
     Silent where stderr is no terminal, so that a log has no half-drawn bars.
     """
     error = console(stderr=True)
-    name_and_bar = (TextColumn("{task.description}"), BarColumn(bar_width=20))
+    # What is said stays on one line; where the terminal is narrow, the bar gives way.
+    whole = Column(no_wrap=True)
+    name_and_bar = (TextColumn("{task.description}", table_column=whole), BarColumn(bar_width=20))
     if total is None:
         columns: tuple[ProgressColumn, ...] = (
             name_and_bar[0],
-            TextColumn("{task.completed} parts"),
-            _Speed(),
-            TextColumn("{task.fields[counts]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.completed} parts", table_column=whole),
+            _Speed(whole),
+            TextColumn("{task.fields[counts]}", table_column=whole),
+            TimeElapsedColumn(whole),
         )
     else:
         columns = (
             *name_and_bar,
-            TextColumn("{task.completed}/{task.total}"),
-            _Speed(),
-            TextColumn("{task.fields[counts]}"),
-            _Left(),
+            TextColumn("{task.completed}/{task.total}", table_column=whole),
+            _Speed(whole),
+            TextColumn("{task.fields[counts]}", table_column=whole),
+            _Left(whole),
         )
     with Progress(*columns, console=error, disable=not error.is_terminal) as progress:
         shown = Live(progress, progress.add_task(name, total=total, counts=""))

@@ -12,11 +12,14 @@ import typer
 from saec.cli.codes import INTERRUPTED
 from saec.cli.console import console, print_json, print_tables, say, say_path
 from saec.errors import BadInput
+from saec.evaluate.report_words import REASONS, all_defect
 from saec.evaluate.runner import LEDGER, PREDICTIONS, REPORT, Outcome
 from saec.evaluate.table import Cell, Table
 from saec.fleet.ledger import read_verdicts
-from saec.route.ask import FALLBACK_REASONS
-from saec.types import Label
+from saec.types import Label, Verdict, Where
+
+FEW = 3
+"""Reasons that a terminal shows of each kind."""
 
 
 def tell_run(outcome: Outcome, *, total: int | None, json_: bool, skipped: Mapping[str, int]) -> None:
@@ -38,11 +41,11 @@ def tell_run(outcome: Outcome, *, total: int | None, json_: bool, skipped: Mappi
     if json_:
         print_json({"run": str(outcome.folder), "interrupted": False, "skipped": dict(skipped), **outcome.summary})
         return
-    called = _called(outcome)
-    print_tables(run_table(outcome.summary, called))
+    print_tables(run_table(outcome.summary))
     if not outcome.stats.parts and not outcome.stats.requeued:
         say("Every part was recorded already; nothing was inspected again.")
-    for line in remarks(outcome.summary, skipped, outcome.stats.left_pending):
+    verdicts = list(read_verdicts(outcome.folder / LEDGER))
+    for line in remarks(outcome.summary, verdicts, skipped, outcome.stats.left_pending):
         say(line)
     say_path("Verdicts:", outcome.folder / PREDICTIONS)
     if (outcome.folder / REPORT).is_file():
@@ -57,37 +60,33 @@ def refuse_unreadable(summary: Mapping[str, Any], images: Sequence[Path], out: P
     """
     if summary["n"] and summary["unreadable"] == summary["n"]:
         raise BadInput(
-            f"none of the {summary['n']} images could be read",
+            "the image cannot be read" if summary["n"] == 1 else f"none of the {summary['n']} images could be read",
             where=", ".join(map(str, images)),
             fix=f"each one's reason is in {out / PREDICTIONS}",
         )
 
 
-def run_table(summary: Mapping[str, Any], called: Mapping[str, Counter[Label]]) -> Table:
+def run_table(summary: Mapping[str, Any]) -> Table:
     """Return one row for each product, and one for all where there are several."""
-    groups: list[tuple[str, Mapping[str, Any], Counter[Label]]] = [
-        (name, figures, called.get(name, Counter())) for name, figures in summary["per_product"].items()
-    ]
+    groups: list[tuple[str, Mapping[str, Any]]] = list(summary["per_product"].items())
     if len(groups) > 1:
-        groups.append(("all", summary, sum(called.values(), Counter())))
-    rows = [_row(name, figures, counts) for name, figures, counts in groups]
+        groups.append(("all", summary))
+    rows = [_row(name, figures) for name, figures in groups]
     columns = ["product", "parts", "good", "defect"]
-    columns += ["unreadable"] if summary["unreadable"] else []
-    columns += ["to cloud"] + (["fallback"] if summary["routing"]["fallback"] else [])
+    columns += [*(["unread"] if summary["unreadable"] else []), "cloud"]
     columns += ["accuracy", "escape", "overkill", "AUROC"] if summary["labelled"] else []
     return Table("Verdicts", columns, rows)
 
 
-def _row(name: str, figures: Mapping[str, Any], called: Counter[Label]) -> dict[str, Cell]:
+def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Cell]:
     routing = figures["routing"]
     return {
         "product": name,
         "parts": figures["n"],
-        "good": called[Label.GOOD],
-        "defect": called[Label.DEFECT],
-        "unreadable": figures["unreadable"],
-        "to cloud": routing["cloud"] + routing["fallback"],
-        "fallback": routing["fallback"],
+        "good": figures["called"]["good"],
+        "defect": figures["called"]["defect"],
+        "unread": figures["unreadable"],
+        "cloud": routing["cloud"] + routing["fallback"],
         "accuracy": percent(figures["accuracy"]),
         "escape": percent(figures["escape_rate"]),
         "overkill": percent(figures["overkill_rate"]),
@@ -95,20 +94,42 @@ def _row(name: str, figures: Mapping[str, Any], called: Counter[Label]) -> dict[
     }
 
 
-def remarks(summary: Mapping[str, Any], skipped: Mapping[str, int], pending: int) -> list[str]:
+def remarks(
+    summary: Mapping[str, Any], verdicts: Sequence[Verdict], skipped: Mapping[str, int], pending: int
+) -> list[str]:
     """Return what else a user should know, most important first."""
-    unreadable, fallbacks = summary["unreadable"], summary["routing"]["fallback"]
+    unreadable, fallbacks, learnt = summary["unreadable"], summary["routing"]["fallback"], summary["learnt"]
     lines = [_bounds(summary)] if summary["labelled"] else []
+    if learnt and summary["labelled"]:
+        lines.append(
+            f"{learnt} of these parts are among those that the station was fitted or calibrated on: the rates flatter "
+            "it. saec evaluate refuses such parts."
+        )
+    if all_defect(summary):
+        lines.append(
+            "Every part was called defect. Are these parts, camera and light the ones that the station was fitted on?"
+        )
     if unreadable:
-        lines.append(f"{unreadable} unreadable: nobody has looked at these parts; the verdicts say why.")
+        lines.append(f"{unreadable} unreadable: nobody has looked at {'it' if unreadable == 1 else 'these parts'}.")
+        lines += _few([v.error or v.path for v in verdicts if v.label is Label.UNREADABLE])
     if fallbacks:
-        why = ", ".join(f"{n} {name}" for name, n in summary["routing"]["reasons"].items() if name in FALLBACK_REASONS)
-        lines.append(f"{fallbacks} times the cloud gave no opinion and the edge's verdict stood: {why}.")
+        failed = [v for v in verdicts if v.where is Where.FALLBACK]
+        times = "Once" if fallbacks == 1 else f"{fallbacks} times"
+        lines.append(f"{times} the cloud gave no opinion and the edge's verdict stood:")
+        lines += _few([f"{REASONS[v.reason][0].lower()} ({v.error})" for v in failed])
     if pending:
-        lines.append(f"{pending} questions to the cloud are still open; the same command asks them again.")
+        are = "question to the cloud is" if pending == 1 else "questions to the cloud are"
+        lines.append(f"{pending} {are} still open; the same command asks again.")
     if skipped:
         lines.append("Skipped: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) + ".")
-    return [*lines, _speed(summary)]
+    return [line for line in (*lines, _speed(summary)) if line]
+
+
+def _few(reasons: Sequence[str]) -> list[str]:
+    """The commonest reasons, one a line."""
+    found = Counter(reasons).most_common()
+    lines = [f"  {f'{n} x ' if n > 1 else ''}{why}" for why, n in found[:FEW]]
+    return [*lines, f"  and {len(found) - FEW} more in {PREDICTIONS}"] if len(found) > FEW else lines
 
 
 def _bounds(summary: Mapping[str, Any]) -> str:
@@ -125,9 +146,9 @@ def _bounds(summary: Mapping[str, Any]) -> str:
 def _speed(summary: Mapping[str, Any]) -> str:
     latency, deadline, wall_s = summary["latency_ms"], summary["deadline"], summary["time"]["wall_s"]
     said = []
-    if wall_s:
+    if wall_s and summary["n"] > summary["unreadable"]:
         said.append(f"{wall_s:.1f} s, {summary['n'] / wall_s:.1f} parts/s")
-    if latency["p50"] is not None:
+    if latency["p50"] is not None and summary["n"] > summary["unreadable"]:
         said.append(f"local verdict after {latency['p50']:.0f} ms (p50), {latency['p99']:.0f} ms (p99)")
     if deadline["late"]:
         said.append(f"{deadline['late']} later than the deadline of {deadline['ms']:.0f} ms")
@@ -137,10 +158,3 @@ def _speed(summary: Mapping[str, Any]) -> str:
 def percent(rate: float | None) -> str | None:
     """Return a rate as text, ``None`` where it was not measured."""
     return None if rate is None else f"{rate:.1%}"
-
-
-def _called(outcome: Outcome) -> dict[str, Counter[Label]]:
-    called: dict[str, Counter[Label]] = {}
-    for verdict in read_verdicts(outcome.folder / LEDGER):
-        called.setdefault(verdict.product, Counter())[verdict.label] += 1
-    return called

@@ -17,7 +17,7 @@ from saec.calibrate.policy import Mode, Policy
 from saec.calibrate.sweep import SCENE_QUANTILES
 from saec.config import RouteSettings, Settings
 from saec.errors import BadInput
-from saec.evaluate.run_record import StationRecord
+from saec.evaluate.run_record import ASK_ALWAYS, StationRecord
 from saec.evaluate.runner import Station
 from saec.evaluate.table import Cell, Table
 from saec.types import EdgeResult, Image, Label, Verdict
@@ -88,7 +88,7 @@ class AskAlways:
     @property
     def models(self) -> Mapping[str, str]:
         """The station's, marked: a run folder never mixes these verdicts with a cascade's."""
-        return {**self._station.models, "router": "ask-always"}
+        return {**self._station.models, "router": ASK_ALWAYS}
 
     @property
     def products(self) -> Sequence[str]:
@@ -165,17 +165,18 @@ class Sweep:
             by_scene = point.knob == "tau_scene"
             rows.append(
                 {
-                    "knob": "scene threshold" if by_scene else "escalation share",
-                    "setting": f"quantile {SCENE_QUANTILES[i]:.0%}" if by_scene else f"at most {point.value:.0%}",
+                    "setting": f"scene over q{SCENE_QUANTILES[i]:.0%}" if by_scene else f"at most {point.value:.0%}",
                     "to cloud": _percent(point.escalation),
                     "accuracy": _percent(point.accuracy),
                     "balanced": _percent(point.balanced_accuracy),
                     "escape": _percent(point.escape_rate),
                     "overkill": _percent(point.overkill_rate),
-                    "cloud s": point.cloud_s,
+                    "cloud s": None if point.cloud_s is None else round(point.cloud_s, 1),
                 }
             )
         notes = (
+            "scene over q30%: beside the unsure parts, all but the 30% simplest scenes go to the cloud",
+            "at most 30%: the parts closest to the decision threshold, up to this share, and nothing else",
             "computed from the recorded answers of both arms; cloud s: escalated parts x measured seconds of one",
             "chosen on these very parts: this describes them, it is no way to set a threshold",
         )

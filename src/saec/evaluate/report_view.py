@@ -83,7 +83,7 @@ class Cell:
 
 
 def main_cards(s: Mapping[str, Any]) -> list[Card]:
-    """The four figures that matter first."""
+    """The four figures that matter first: rates where truth is known, else what the parts were called."""
     c, bounds, n = s["confusion"], s["intervals"], s["n"]
 
     def detail(key: str, part: int | None, whole: int | None) -> str:
@@ -94,6 +94,20 @@ def main_cards(s: Mapping[str, Any]) -> list[Card]:
     known = c["tp"] is not None
     defects, goods = (c["tp"] + c["fn"], c["tn"] + c["fp"]) if known else (None, None)
     kept = s["routing"]["edge"] / n if n else None
+    edge = Card(
+        "Decided at the edge",
+        percent(kept),
+        f"{s['routing']['cloud']:,} sent to the cloud · {counted(s['routing']['fallback'], 'fallback')}",
+    )
+    if n and not s["labelled"]:
+        judged = n - s["unreadable"]
+        of = f"of {judged:,} judged"
+        return [
+            Card("Called defect", f"{s['called']['defect']:,}", of),
+            Card("Called good", f"{s['called']['good']:,}", of),
+            Card("Unreadable", f"{s['unreadable']:,}", f"of {counted(n, 'part')}"),
+            edge,
+        ]
     return [
         Card("Escape rate", percent(s["escape_rate"]), detail("escape_rate", c["fn"], defects)),
         Card("Overkill rate", percent(s["overkill_rate"]), detail("overkill_rate", c["fp"], goods)),
@@ -102,11 +116,7 @@ def main_cards(s: Mapping[str, Any]) -> list[Card]:
             percent(s["accuracy"]),
             detail("accuracy", c["tp"] + c["tn"] if known else None, s["labelled"]),
         ),
-        Card(
-            "Decided at the edge",
-            percent(kept),
-            f"{s['routing']['cloud']:,} sent to the cloud · {counted(s['routing']['fallback'], 'fallback')}",
-        ),
+        edge,
     ]
 
 
@@ -117,15 +127,16 @@ def more_cards(s: Mapping[str, Any]) -> list[Card]:
     late = f"{counted(deadline['late'], 'part')} past the {number(deadline['ms'], 'ms')} deadline"
     rate = f"{number(n / wall, 'parts/s', 1)}" if wall else "not recorded"
     shared = f" · overlap {percent(time['overlap'], 0)}" if time["overlap"] is not None else ""
+    ranking = Card("AUROC", number(s["auroc"], digits=4), f"balanced accuracy {percent(s['balanced_accuracy'])}")
     return [
-        Card("AUROC", number(s["auroc"], digits=4), f"balanced accuracy {percent(s['balanced_accuracy'])}"),
+        *([ranking] if s["labelled"] else []),
         Card(
             "Local verdict, p99",
             number(latency["p99"], "ms"),
             f"p50 {number(latency['p50'], 'ms')}" + (f" · {late}" if deadline["late"] is not None else ""),
         ),
         Card("Wall time", number(wall, "s", 1), rate + shared),
-        Card("Sent to the cloud", size(s["uplink_bytes"]), f"{size(s['uplink_bytes'] / n) if n else DASH} a part"),
+        Card("Uplink", size(s["uplink_bytes"]), f"{size(s['uplink_bytes'] / n) if n else DASH} a part"),
         Card("Memory, peak", number(memory["rss_peak_mb"], "MB", 0), f"mean {number(memory['rss_mean_mb'], 'MB', 0)}"),
         Card("Energy per correct part", number(energy["mwh_per_correct"], "mWh"), _energy(energy)),
     ]
@@ -211,8 +222,9 @@ def gallery(run: RunFolder, limit: int = GALLERY_LIMIT) -> Gallery:
     shown = [_item(run, run.verdicts[i], run.suspicion.get(i)) for i in order[:limit]]
     total = len(run.verdicts)
     counts = {key: sum(key in item.flags.split() for item in shown) for key, _ in FILTERS}
+    first = "mistakes first" if run.summary["labelled"] else "those called defect first"
     rest = "" if total <= limit else " The rest are in predictions.jsonl."
-    statement = f"{counted(len(shown), 'part')} of {total:,}, mistakes first, then the least certain.{rest}"
+    statement = f"{counted(len(shown), 'part')} of {total:,}, {first}, then the least certain.{rest}"
     return Gallery(
         tuple(shown),
         total,
@@ -237,6 +249,8 @@ def _rank(verdict: Verdict, suspicion: float | None) -> tuple[int, float, str]:
     kind = outcome(verdict)[0]
     far = abs((suspicion if suspicion is not None else 0.5) - 0.5)
     place = 3 if verdict.where is Where.FALLBACK and _ORDER[kind] == 4 else _ORDER[kind]
+    if kind == "unknown" and verdict.label is Label.DEFECT:
+        place = 3  # without truth these are what the inspector came for
     # A mistake made with certainty is the worst kind; among right verdicts the doubtful ones are worth a look.
     return place, -far if place < 2 else far, verdict.part_id
 

@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saec.evaluate.run_record import ASK_ALWAYS
 from saec.types import Label, Reason, Verdict, Where
 
 DASH = "–"
+SUSPICIOUS = 10
+"""Parts all of which were called defect before a report asks whether they belong to the station."""
+
 THIN = "\N{NARROW NO-BREAK SPACE}"
 
 REASONS: Mapping[Reason, tuple[str, str]] = {
@@ -112,7 +116,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     if not n:
         return "No parts were inspected."
     if not labelled:
-        return f"{counted(n, 'part')} {_was(n)} inspected. Their truth is unknown, so mistakes cannot be counted."
+        judged = n - summary["unreadable"]
+        if not judged:
+            return f"{'The image' if n == 1 else f'None of {n:,} images'} could {'not ' if n == 1 else ''}be read."
+        called = summary["called"]["defect"]
+        return f"{_none(called).capitalize()} of {counted(judged, 'part')} {_was(called)} called defect."
     c = summary["confusion"]
     defects, goods = c["tp"] + c["fn"], c["tn"] + c["fp"]
     said = []
@@ -132,6 +140,8 @@ def uncertainty(summary: Mapping[str, Any]) -> str:
         if summary[key] is not None:
             said.append(f"{name} {percent(summary[key])}, 95{THIN}% CI {interval(bounds[key])}")
     rates = "; ".join(said)
+    if summary["n"] and not summary["labelled"]:
+        rates = "Their truth is unknown, so mistakes cannot be counted"
     sent = summary["routing"]["cloud"] + summary["routing"]["fallback"]
     asked = f"The cloud was asked about {_none(sent)} of {counted(summary['n'], 'part')}." if summary["n"] else ""
     return f"{rates[0].upper()}{rates[1:]}. {asked}" if rates else asked
@@ -142,6 +152,15 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
     notes, routing, n = [], summary["routing"], summary["n"]
     counts, bounds = summary["confusion"], summary["intervals"]
     defects = (counts["tp"] + counts["fn"]) if counts["tp"] is not None else 0
+    if summary["learnt"] and summary["labelled"]:
+        notes.append(
+            f"{counted(summary['learnt'], 'part')} {_was(summary['learnt'])} among those that the station was fitted "
+            "or calibrated on: the rates flatter it. Evaluate on parts that it has never seen."
+        )
+    if all_defect(summary):
+        notes.append(
+            "Every part was called defect. Are these parts, camera and light the ones that the station was fitted on?"
+        )
     if summary["labelled"] and not defects:
         notes.append("There is no defect among the parts with known truth: this run says nothing about escapes.")
     elif defects and bounds["escape_rate"][1] - summary["escape_rate"] > 0.02:
@@ -154,7 +173,11 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
         notes.append(f"{counted(k, 'image')} could not be read. {'It counts' if k == 1 else 'They count'} in no rate.")
     if routing["fallback"]:
         notes.append(f"For {counted(routing['fallback'], 'part')} the cloud did not answer; the edge's verdict stands.")
-    if n and (routing["cloud"] + routing["fallback"]) / n > 0.8 and not routing["reasons"].get(Reason.CLOUD_ONLY):
+    swept = summary["models"].get("router") == ASK_ALWAYS
+    by_choice = swept or routing["reasons"].get(Reason.CLOUD_ONLY)
+    if swept:
+        notes.append("This run asked the cloud about every part, for a sweep: its routing is not that of the line.")
+    if n and (routing["cloud"] + routing["fallback"]) / n > 0.8 and not by_choice:
         notes.append(
             f"More than 80{THIN}% of the parts were escalated: the edge no longer fits these parts. Recalibrate."
         )
@@ -166,13 +189,21 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def all_defect(summary: Mapping[str, Any]) -> bool:
+    """Whether so many parts were all called defect that another product or another light is the likelier cause."""
+    judged = summary["n"] - summary["unreadable"]
+    known = summary["confusion"]["tp"] is not None and summary["labelled"] == judged
+    goods = summary["confusion"]["fp"] + summary["confusion"]["tn"] if known else judged
+    return bool(judged >= SUSPICIOUS and goods and summary["called"]["defect"] == judged)
+
+
 def outcome(verdict: Verdict) -> tuple[str, str, str]:
     """Return (css class, tag, sentence) of one verdict."""
     if verdict.label is Label.UNREADABLE:
         return "unreadable", "Unreadable", "Could not be read; not judged."
     called = f"Called {verdict.label.value}"
     if verdict.truth not in (Label.GOOD, Label.DEFECT):
-        return "unknown", verdict.label.value.capitalize(), f"{called}; truth unknown."
+        return "unknown", verdict.label.value.capitalize(), f"{called}."
     if verdict.truth is verdict.label:
         return "right", f"{verdict.label.value.capitalize()} ✓", f"{called}, and it is {verdict.label.value}."
     if verdict.truth is Label.DEFECT:

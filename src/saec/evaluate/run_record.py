@@ -15,6 +15,9 @@ from saec.config import Settings
 from saec.types import Verdict
 
 FORMAT = "saec-run/1"
+ASK_ALWAYS = "ask-always"
+"""The router's name in a run that a sweep has recorded."""
+
 _PACKAGES = ("numpy", "opencv-python-headless", "onnxruntime")
 _SECRETS = frozenset({"token", "api_key"})
 
@@ -35,6 +38,16 @@ class StationRecord(Protocol):
     @property
     def version(self) -> str:
         """Version of saec that fitted it."""
+        ...
+
+    @property
+    def train_sha256(self) -> Sequence[str]:
+        """Content hashes of the images that it was fitted on."""
+        ...
+
+    @property
+    def calibration_sha256(self) -> Sequence[str]:
+        """Content hashes of the images that it was calibrated on."""
         ...
 
 

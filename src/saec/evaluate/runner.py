@@ -261,6 +261,7 @@ def _summary(
         stats=None if resumed else RunTimes.of(stats),
         meter=None if resumed else reading,
         calibration=calibration_summary({p: station.calibration(p) for p in station.products if p in seen}),
+        learnt=frozenset(station.manifest.train_sha256) | frozenset(station.manifest.calibration_sha256),
     )
     if resumed:
         why = "the run was resumed: nobody measured all of it"

@@ -4,6 +4,8 @@ A figure that was not measured is ``null`` and ``status`` says why; it is never 
 
 * Rates are over *readable* parts whose truth is known. An unreadable part is neither passed nor rejected: it is left
   out of every rate and counted in ``unreadable``: a broken camera does not move the escape rate.
+* ``called`` counts the verdicts themselves, so that a run without known truth has its result in it too.
+* ``learnt`` counts the parts that the station was itself fitted or calibrated on: on these every rate flatters it.
 * ``auroc`` ranks the final P(defect), after the cloud has had its say.
 """
 
@@ -12,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saec.calibrate.calibration import ONE_GOOD
 from saec.errors import BadInput
 from saec.evaluate.meter import Reading, mwh_per_correct
 from saec.evaluate.metrics import (
@@ -69,10 +72,12 @@ def summarise(
     meter: Reading | None = None,
     models: Mapping[str, str] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    learnt: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """Return the summary of a run as plain JSON types, keys as in the design's contract.
 
-    ``models`` defaults to the union of the verdicts' own. Intervals are Clopper–Pearson at 95 %.
+    ``models`` defaults to the union of the verdicts' own; ``learnt`` are the content hashes of the images that the
+    station has learnt from. Intervals are Clopper–Pearson at 95 %.
     """
     figures = _figures(verdicts)
     counts = figures["confusion"]
@@ -85,6 +90,7 @@ def summarise(
     late = sum(ms > deadline_ms for ms in latencies) if latencies and deadline_ms is not None else None
     summary: dict[str, Any] = {
         **figures,
+        "learnt": sum(v.sha256 in learnt for v in verdicts),
         "per_product": {
             name: _figures(by_product[name]) | {"routing": _routing(by_product[name])} for name in sorted(by_product)
         },
@@ -127,7 +133,9 @@ def calibration_summary(calibrations: Mapping[str, Calibration]) -> dict[str, An
 def _statement(c: Calibration) -> str:
     escape = c.escape.statement if c.escape else "no bound was asked for, so none is stated"
     notes = "".join(f" {note[0].upper()}{note[1:].rstrip('.')}." for note in c.notes if note)
-    return f"Overkill: {c.overkill.statement}. Escape: {escape}.{notes}"
+    # The bound of a single good part counts its own shifted copies as parts; it would read as a proof.
+    overkill = "nothing can be proven from one good part" if ONE_GOOD in c.notes else c.overkill.statement
+    return f"Overkill: {overkill}. Escape: {escape}.{notes}"
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
@@ -166,6 +174,7 @@ def _figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "n": len(verdicts),
         "labelled": len(labelled),
         "unreadable": len(verdicts) - len(readable),
+        "called": {label.value: sum(v.label is label for v in readable) for label in (Label.GOOD, Label.DEFECT)},
         "accuracy": accuracy(c),
         "balanced_accuracy": balanced_accuracy(c),
         "auroc": auroc([p for p, _ in ranked], [t for _, t in ranked]),

@@ -41,18 +41,26 @@ class Table:
             box=box.SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,
+            show_edge=False,
         )
         for name in self.columns:
-            numeric = any(_is_figure(row.get(name)) for row in self.rows)
-            # Folded rather than cut where the terminal is too narrow: a figure with its end missing is a wrong figure.
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+            cells = [row.get(name) for row in self.rows]
+            numeric = any(map(_is_figure, cells)) or all(cell is None for cell in cells)
+            if numeric:
+                # In a narrow terminal the names give way: a figure with its end missing is a wrong figure.
+                whole = max(len(name), *(len(_text(cell)) for cell in cells))
+                table.add_column(name, justify="right", no_wrap=True, min_width=whole)
+            else:
+                table.add_column(name, overflow="fold", min_width=len(name))
         for row in self.rows:
             table.add_row(*(_text(row.get(name)) for name in self.columns))
         return table
 
 
 def _is_figure(cell: Cell) -> bool:
-    return isinstance(cell, int | float) or (cell is not None and cell[:1].isdecimal() and cell.endswith("%"))
+    if isinstance(cell, str):
+        return cell.removeprefix("≤ ").removesuffix("%").replace(".", "", 1).isdecimal()
+    return cell is not None
 
 
 def _text(cell: Cell) -> str:
