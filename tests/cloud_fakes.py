@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from saec.config import ServeSettings
+from saec.errors import BadInput
 from saec.types import Evidence, Opinion, Query
 
 
@@ -38,6 +39,8 @@ class FakeBackend:
     def _one(self, query: Query) -> Opinion | Exception:
         if query.part_id == "bad":
             return ValueError("no such product")
+        if query.part_id == "stranger":
+            return BadInput("the expert does not know this product", where=query.product)
         p = float("nan") if query.part_id == "nan" else (query.edge_p_defect or 0.0)
         return Opinion(p, Evidence(source=self.model_id), self.model_id, {"forward": 1.0})
 

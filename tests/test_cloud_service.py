@@ -279,9 +279,16 @@ async def test_metrics_count_requests_batches_bytes_and_stages() -> None:
     assert 'saec_cloud_stage_seconds_count{stage="decode"} 1.0' in text
 
 
+async def test_a_product_that_the_model_does_not_know_is_the_questions_fault() -> None:
+    async with service(FakeBackend()) as client:
+        answer = await post(client, body_of("stranger"))
+        assert answer.status_code == 422
+        assert refusal(answer)[1] == "the expert does not know this product: cell"
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "cloud.example"])
 def test_a_reachable_address_without_a_token_is_refused(host: str) -> None:
-    with pytest.raises(BadInput, match=r"without a token only loopback addresses are served.*serve\.token"):
+    with pytest.raises(BadInput, match=r"without a token only loopback addresses are served.*--token-file"):
         serve(FakeBackend(), ServeSettings(host=host, port=0))
 
 

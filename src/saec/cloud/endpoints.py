@@ -23,6 +23,7 @@ from saec.cloud.metrics import Metrics
 from saec.cloud.references import ReferenceStore
 from saec.config import ServeSettings
 from saec.data.decode import UnreadableImage, decode_image
+from saec.errors import BadInput
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 logger = logging.getLogger(__name__)
@@ -212,6 +213,8 @@ def _problem(error: Exception, settings: ServeSettings) -> Problem:
             return Problem(413, f"the body exceeds {settings.max_body_bytes} bytes", "send a smaller image")
         case wire.WireError() | UnreadableImage():
             return Problem(422, str(error), "send a readable image in the documented form")
+        case BadInput():  # such as a product that the model was not fitted to
+            return Problem(422, str(error), "ask about what this service's model knows")
         case Overloaded(retry_after_s=wait):
             return Problem(429, str(error), "ask again later", retry_after_s=wait)
         case Expired() | TimeoutError():

@@ -129,7 +129,7 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 def _listen(settings: ServeSettings) -> socket.socket:
     if settings.token is None and not is_loopback(settings.host):
-        fix = "set serve.token, or serve.host=127.0.0.1"
+        fix = "pass a --token-file, or listen on 127.0.0.1"
         raise BadInput("without a token only loopback addresses are served", where=settings.host, fix=fix)
     listener: socket.socket | None = None
     try:

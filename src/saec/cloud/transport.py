@@ -123,7 +123,7 @@ class Uplink:
         except (httpx.DecodingError, httpx.TooManyRedirects) as error:
             raise CloudError(Reason.CLOUD_BAD_ANSWER, str(error)) from None
         except httpx.HTTPError as error:  # connect, read, write, protocol: the other side is not there or went away
-            what = f"{self.url} does not answer ({str(error) or type(error).__name__})"
+            what = f"no connection: {str(error) or type(error).__name__}"
             raise CloudError(Reason.CLOUD_UNREACHABLE, what) from None
 
     def close(self) -> None:
