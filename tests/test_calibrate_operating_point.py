@@ -60,6 +60,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 # --- P(defect) -----------------------------------------------------------------------------------------------------
 
 
+@example(good=[0.0], bad=[0.0, 0.0, 4.0, 2.2250738585072014e-308])  # an interquartile range of nearly nothing
 @given(scores, scores)
 @settings(max_examples=80, deadline=None)
 def test_p_defect_never_falls_with_the_score_even_when_defects_score_lower(good: list[float], bad: list[float]) -> None:

@@ -140,6 +140,10 @@ def fit_temperature(logits: ArrayLike, labels: NDArray[np.integer]) -> float:
 
 
 def _spread(scores: Floats) -> float:
-    """Interquartile range; the standard deviation, then 1, where ties leave nothing of it."""
+    """Interquartile range; the standard deviation, then 1, where ties leave nothing of it.
+
+    Never under a thousandth of the standard deviation: far scores in units of a spread that ties made tiny overflow.
+    """
     low, high = np.quantile(scores, [0.25, 0.75])
-    return float(high - low) or float(scores.std()) or 1.0
+    deviation = float(scores.std())
+    return max(float(high - low), 1e-3 * deviation) if high > low else deviation or 1.0
