@@ -5,6 +5,7 @@ Near-duplicates are kept in one fold: a copy in the memory would make the held-o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -60,7 +61,7 @@ class _Scored:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Fitter:
+class Fitter(ABC):
     """What both kinds of station share: reading, scoring, asking the cloud, calibrating."""
 
     settings: Settings
@@ -70,9 +71,9 @@ class Fitter:
     train_sha256: set[str] = field(default_factory=set, init=False)
     calibration_sha256: set[str] = field(default_factory=set, init=False)
 
+    @abstractmethod
     def fit(self, product: str, parts: Sequence[Part]) -> ProductModel:
         """Fit one product to its parts of the splits train, calibration, or none."""
-        raise NotImplementedError
 
     def read(self, parts: Sequence[Part], step: str) -> Iterator[_Read]:
         """Read images one by one, telling the progress; see :func:`read_to_fit`."""
