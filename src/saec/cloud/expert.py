@@ -44,7 +44,7 @@ from saec.types import Evidence, Image, Label, Observation, Opinion, Part, Query
 
 FORMAT = 1
 INDEX = "expert.json"
-ZOOMS = (0.77, 1.0, 1.55)
+ZOOMS = (0.7, 1.0, 1.4)
 """Sides of the passes relative to the edge's first."""
 
 LARGEST = 640
