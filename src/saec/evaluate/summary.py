@@ -12,7 +12,6 @@ A figure that was not measured is ``null`` and ``status`` says why; it is never 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saec.calibrate.calibration import ONE_GOOD
+from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.evaluate.meter import Reading, mwh_per_correct
 from saec.evaluate.metrics import (
@@ -153,15 +153,9 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         BadInput: the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomic(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise BadInput(f"cannot write ({error.strerror})", where=path, fix="check the folder and free space") from None
 
 
