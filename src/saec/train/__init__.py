@@ -1,0 +1,1 @@
+"""Fine-tuning: rows, the training loop, checkpoints, parity gates."""

@@ -1,0 +1,1 @@
+"""Vision-language models: prompts, answers, the registry, loading, deciding."""
