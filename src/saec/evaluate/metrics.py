@@ -14,87 +14,38 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saec.calibrate.escape import clopper_pearson_upper
+from saec.calibrate.metrics import (
+    Confusion,
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    confusion,
+    counts_by_score,
+    escape_rate,
+    overkill_rate,
+    scored,
+)
 from saec.errors import BadInput
+
+# Confusion, rates and AUROC live in the calibrate room, because training reports them too.
+__all__ = [
+    "Confusion",
+    "RiskCoverage",
+    "Sweep",
+    "accuracy",
+    "auroc",
+    "balanced_accuracy",
+    "clopper_pearson",
+    "confusion",
+    "escape_rate",
+    "overkill_rate",
+    "percentiles",
+    "risk_coverage",
+    "threshold_sweep",
+]
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Confusion:
-    """Counts of parts: ``tp`` defects caught, ``fp`` overkills, ``tn`` good parts passed, ``fn`` escapes."""
-
-    tp: int
-    fp: int
-    tn: int
-    fn: int
-
-    @property
-    def n(self) -> int:
-        """All parts counted."""
-        return self.tp + self.fp + self.tn + self.fn
-
-    @property
-    def defects(self) -> int:
-        """Parts that truly are defects."""
-        return self.tp + self.fn
-
-    @property
-    def goods(self) -> int:
-        """Parts that truly are good."""
-        return self.tn + self.fp
-
-    @property
-    def correct(self) -> int:
-        """Parts that were called what they are."""
-        return self.tp + self.tn
-
-
-def confusion(predicted: ArrayLike, truth: ArrayLike) -> Confusion:
-    """Count the four outcomes of ``predicted`` [n] against ``truth`` [n], both boolean with True = defect."""
-    values, t = _pair(predicted, truth)
-    p = values > 0
-    return Confusion(tp=int((p & t).sum()), fp=int((p & ~t).sum()), tn=int((~p & ~t).sum()), fn=int((~p & t).sum()))
-
-
-def accuracy(c: Confusion) -> float | None:
-    """Share of parts called what they are."""
-    return _ratio(c.correct, c.n)
-
-
-def balanced_accuracy(c: Confusion) -> float | None:
-    """Mean of the two classes' accuracies; ``None`` unless both classes are there."""
-    escape, overkill = escape_rate(c), overkill_rate(c)
-    return None if escape is None or overkill is None else 1.0 - (escape + overkill) / 2.0
-
-
-def escape_rate(c: Confusion) -> float | None:
-    """Share of the defects that were called good (miss rate)."""
-    return _ratio(c.fn, c.defects)
-
-
-def overkill_rate(c: Confusion) -> float | None:
-    """Share of the good parts that were called defect (false alarm rate)."""
-    return _ratio(c.fp, c.goods)
-
-
-def auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
-    """Probability that a random defect scores above a random good part, ties counting one half.
-
-    Exact (Mann–Whitney U from pair counts of the distinct scores), ``None`` when one class is missing.
-
-    Args:
-        scores: [n] finite floats, larger is more suspicious.
-        labels: [n] booleans, True = defect.
-    """
-    values, t = _pair(scores, labels)
-    positives, negatives = int(t.sum()), int((~t).sum())
-    if positives == 0 or negatives == 0:
-        return None
-    pos, neg = _counts_by_score(values, t)
-    below = np.cumsum(neg) - neg
-    wins_twice = int((pos * (2 * below + neg)).sum())  # integers: no rounding before the one division
-    return wins_twice / (2 * positives * negatives)
 
 
 def percentiles(values: ArrayLike, at: Sequence[float] = (50, 90, 99)) -> dict[str, float] | None:
@@ -128,10 +79,10 @@ class Sweep:
 
 def threshold_sweep(scores: ArrayLike, labels: ArrayLike) -> Sweep | None:
     """Escape and overkill rate at every distinct score and just above the largest; ``None`` if a class is missing."""
-    values, t = _pair(scores, labels)
+    values, t = scored(scores, labels)
     if t.all() or not t.any():
         return None
-    pos, neg = _counts_by_score(values, t)
+    pos, neg = counts_by_score(values, t)
     thresholds = np.append(np.unique(values), np.nextafter(values.max(), np.inf))
     missed = np.concatenate([[0], np.cumsum(pos)])
     passed = np.concatenate([[0], np.cumsum(neg)])
@@ -158,29 +109,9 @@ def risk_coverage(certainty: ArrayLike, correct: ArrayLike) -> RiskCoverage | No
         certainty: [n] floats; equal values are accepted together.
         correct: [n] booleans.
     """
-    values, ok = _pair(certainty, correct)
+    values, ok = scored(certainty, correct)
     if not values.size:
         return None
-    right, wrong = (counts[::-1] for counts in _counts_by_score(values, ok))
+    right, wrong = (counts[::-1] for counts in counts_by_score(values, ok))
     accepted = np.cumsum(right + wrong)
     return RiskCoverage(accepted / values.size, np.cumsum(wrong) / accepted)
-
-
-def _counts_by_score(values: Floats, flags: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers of True and False flags at each distinct value, values ascending."""
-    distinct, inverse = np.unique(values, return_inverse=True)
-    true = np.bincount(inverse, weights=flags, minlength=distinct.size).astype(np.int64)
-    return true, np.bincount(inverse, minlength=distinct.size).astype(np.int64) - true
-
-
-def _pair(scores: ArrayLike, flags: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    x, y = np.asarray(scores, dtype=np.float64), np.asarray(flags, dtype=np.bool_)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise BadInput("expected two vectors of one length", where=f"{x.shape} and {y.shape}")
-    if not np.isfinite(x).all():
-        raise BadInput("scores must be finite numbers", where=f"index {int(np.argmin(np.isfinite(x)))}")
-    return x, y
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
