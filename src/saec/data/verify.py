@@ -65,19 +65,26 @@ def verify_disjoint(
     Raises:
         BadInput: a source does not exist, holds no images, or there is only one set to compare.
     """
-    sets: list[tuple[str, list[Part]]] = []
+    sets: list[tuple[str, list[Path]]] = []
     for source in sources:
         dataset = read_dataset(source.parent if source.name == MANIFEST_NAME else source, max_pixels=max_pixels)
         for split in (*dataset.splits, None):
-            parts = [part for part in dataset if part.split == split]
-            if parts:
-                sets.append((f"{source}:{split}" if split else str(source), parts))
+            paths = [part.path for part in dataset if part.split == split]
+            if paths:
+                sets.append((f"{source}:{split}" if split else str(source), paths))
     if len(sets) < 2:
         raise BadInput("only one set of images to compare", where=", ".join(map(str, sources)), fix="pass two folders")
+    return compare_images(sets, bits=bits, max_pixels=max_pixels)
+
+
+def compare_images(
+    sets: Sequence[tuple[str, Sequence[Path]]], *, bits: int = NEAR_DUPLICATE_BITS, max_pixels: int = MAX_PIXELS
+) -> Report:
+    """Compare named sets of image files pairwise by content, byte for byte and as near-duplicates; all are read."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = [list(pool.map(lambda part: _examine(part.path, max_pixels), parts)) for _, parts in sets]
+        found = [list(pool.map(lambda path: _examine(path, max_pixels), paths)) for _, paths in sets]
     return Report(
-        sets=tuple((name, len(parts)) for name, parts in sets),
+        sets=tuple((name, len(paths)) for name, paths in sets),
         overlaps=tuple(overlap for left, right in combinations(found, 2) for overlap in _overlaps(left, right, bits)),
         unreadable=tuple(one.path for images in found for one in images if one.print is None),
     )
