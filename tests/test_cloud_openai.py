@@ -19,12 +19,9 @@ import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cloud_fakes import query
 from saec.cloud.openai import OpenAIBackend
-from saec.cloud.prompt import anomaly_crop, build_prompt, resize_for_model
 from saec.config import OpenAISettings
 from saec.errors import BadInput
 from saec.types import Box, CloudError, Opinion, Query, Reason
@@ -111,7 +108,7 @@ def test_p_defect_is_renormalised_over_both_labels_and_all_their_spellings() -> 
     answer = opinion(Endpoint(tops(one=0.3, zero=0.2, space_one=0.1, glued_zero=0.1, word=0.2)))
     assert answer.p_defect == pytest.approx(0.4 / 0.7)
     assert answer.diagnostics["label_mass"] == pytest.approx(0.7)
-    assert answer.model_id == "tiny-vl+p1"
+    assert answer.model_id == "tiny-vl+p2"
 
 
 def test_a_label_that_is_not_reported_counts_as_nothing() -> None:
@@ -147,7 +144,7 @@ def test_evidence_is_asked_for_from_tau_on_and_mapped_to_the_original() -> None:
     assert answer.evidence.boxes == (Box(128, 256, 156, 312),)
     assert answer.evidence.kind == "surface"
     assert answer.evidence.text == EVIDENCE["desc"]
-    assert answer.evidence.source == "tiny-vl+p1"
+    assert answer.evidence.source == "tiny-vl+p2"
 
     endpoint = Endpoint()
     assert opinion(endpoint, tau=0.7).evidence.boxes == ()
@@ -206,37 +203,28 @@ def test_what_stays_the_same_comes_first_so_that_the_engines_prefix_cache_hits()
     assert [picture.shape[:2] for picture in pictures(first)] == [(56, 56), (56, 56), (112, 112)]
 
 
-def test_the_close_up_shows_the_peak_of_the_anomaly_map() -> None:
-    image = np.zeros((100, 200, 3), np.uint8)
-    image[80:, :20] = 255
-    heat = np.zeros((10, 10), np.float32)
-    heat[9, 0] = 1
-    crop = anomaly_crop(query(image=image, original_size=(400, 200), anomaly_map=heat))
-    assert crop is not None
-    assert crop.shape == (50, 100, 3)
-    assert (crop[30:, :20] == 255).all()
-    assert anomaly_crop(query(anomaly_map=np.zeros((4, 4), np.float32))) is None
-    assert anomaly_crop(query()) is None
-    outside = query(image=image, original_size=(400, 200), anomaly_map=heat, region=Box(200, 0, 400, 100))
-    assert anomaly_crop(outside) is None
+def test_the_label_is_asked_for_as_the_next_token_of_an_answer_already_begun() -> None:
+    endpoint = Endpoint()
+    opinion(endpoint, tau=0.0)
+    label, evidence = endpoint.asked
+    assert label["messages"][-1] == {"role": "assistant", "content": "Label: "}
+    assert (label["continue_final_message"], label["add_generation_prompt"]) == (True, False)
+    assert [message["role"] for message in evidence["messages"]] == ["system", "user"]
+    assert "continue_final_message" not in evidence
+
+    plain = Endpoint()
+    opinion(plain, prefill=False)
+    assert [message["role"] for message in plain.asked[0]["messages"]] == ["system", "user"]
+    assert "continue_final_message" not in plain.asked[0]
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 900), st.integers(1, 900), st.integers(56, 600), st.sampled_from([1, 14, 28]))
-def test_the_model_sees_whole_patches_within_the_stated_size(width: int, height: int, side: int, multiple: int) -> None:
-    seen = resize_for_model(np.zeros((height, width, 3), np.uint8), max_side=side, multiple=multiple)
-    for length in seen.shape[:2]:
-        assert length % multiple == 0
-        assert multiple <= length <= max(side, multiple)
-    scale = min(1.0, side / max(width, height))
-    assert abs(seen.shape[1] - width * scale) <= multiple
-    assert abs(seen.shape[0] - height * scale) <= multiple
-
-
-def test_the_evidence_question_names_the_size_the_model_sees() -> None:
-    prompt = build_prompt(query(size=300), OpenAISettings())
-    assert prompt.seen == (308, 308)
-    assert "308 x 308" in prompt.evidence_question()[1]["content"][-1]["text"]
+def test_png_brings_the_very_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
+    endpoint = Endpoint()
+    opinion(endpoint, query(image=image, original_size=(84, 56)), image_format="png")
+    url = endpoint.asked[0]["messages"][1]["content"][-2]["image_url"]["url"]
+    coded = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(coded, np.uint8), cv2.IMREAD_COLOR), image)
 
 
 def test_the_questions_of_a_batch_go_out_together_and_fail_alone() -> None:
@@ -266,7 +254,7 @@ def test_a_refusal_of_the_endpoint_keeps_its_meaning(status: int, reason: Reason
 def test_the_only_model_is_taken_and_an_absent_one_is_bad_input() -> None:
     with backend_of(Endpoint(), model=None) as backend:
         backend.warm_up()
-        assert backend.model_id == "tiny-vl+p1"
+        assert backend.model_id == "tiny-vl+p2"
     with (
         backend_of(Endpoint(), model="other") as backend,
         pytest.raises(BadInput, match=r"set openai\.model to one of: tiny-vl"),

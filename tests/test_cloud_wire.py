@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from cloud_fakes import query
 from saec.cloud import wire
-from saec.cloud.geometry import to_original
 from saec.cloud.images import encode_jpeg, is_grey, shrink
 from saec.data.decode import decode_image
 from saec.types import Box, Evidence, Opinion, Query
+from saec.vlm.geometry import to_original
 
 names = st.text(min_size=1, max_size=40).filter(lambda text: text.isprintable())
 probabilities = st.floats(0, 1)

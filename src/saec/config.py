@@ -111,14 +111,9 @@ class ServeSettings(Section):
     )
 
 
-class OpenAISettings(Section):
-    """The backend that asks an OpenAI-compatible vision endpoint such as vLLM or SGLang."""
+class PromptSettings(Section):
+    """What every backend with a multimodal LLM asks, whoever runs the model."""
 
-    base_url: str = Field("http://127.0.0.1:8000/v1", description="Address of the endpoint, with its /v1.")
-    model: str | None = Field(None, description="Model to ask; none takes the only one that the endpoint serves.")
-    api_key: str | None = Field(None, description="Bearer key of the endpoint.")
-    timeout_s: float = Field(30.0, gt=0, description="Longest wait for one answer of the endpoint.")
-    concurrency: int = Field(8, ge=1, description="Questions under way at the endpoint at once.")
     tau: float = Field(0.26, ge=0, le=1, description="From this P(defect) on the model is also asked for evidence.")
     min_label_mass: float = Field(
         0.05, ge=0, le=1, description="Least probability on the tokens 0 and 1 together; below it, no opinion."
@@ -126,10 +121,51 @@ class OpenAISettings(Section):
     references: int = Field(1, ge=0, le=8, description="Reference images of good parts put into the prompt.")
     max_side: int = Field(512, ge=56, description="Images are shrunk to this longest side before the model sees them.")
     side_multiple: int = Field(
-        28, ge=1, description="Sides are rounded to this multiple, so that the engine does not resize again."
+        28, ge=1, description="Sides are rounded to this multiple, so that nothing resizes the images again."
     )
-    jpeg_quality: int = Field(95, ge=30, le=100, description="JPEG quality of what the model sees.")
     evidence_tokens: int = Field(256, ge=16, description="Longest evidence answer, in tokens.")
+
+
+class OpenAISettings(PromptSettings):
+    """The backend that asks an OpenAI-compatible vision endpoint such as vLLM or SGLang."""
+
+    base_url: str = Field("http://127.0.0.1:8000/v1", description="Address of the endpoint, with its /v1.")
+    model: str | None = Field(None, description="Model to ask; none takes the only one that the endpoint serves.")
+    api_key: str | None = Field(None, description="Bearer key of the endpoint.")
+    timeout_s: float = Field(30.0, gt=0, description="Longest wait for one answer of the endpoint.")
+    concurrency: int = Field(8, ge=1, description="Questions under way at the endpoint at once.")
+    prefill: bool = Field(
+        True,
+        description="Begin the model's answer with 'Label: ' (continue_final_message, which vLLM and SGLang know); "
+        "false for endpoints that refuse it.",
+    )
+    image_format: Literal["jpeg", "png"] = Field("jpeg", description="How images go to the endpoint; png is lossless.")
+    jpeg_quality: int = Field(95, ge=30, le=100, description="JPEG quality of what the model sees.")
+
+
+class MllmSettings(PromptSettings):
+    """The backend that runs a multimodal LLM in this process."""
+
+    model: str = Field("loupe", description="Folder of a checkpoint, or a name that saec models list knows.")
+    adapter: Path | None = Field(None, description="Folder of a LoRA adapter for this model, or none.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation.")
+    four_bit: bool = Field(
+        False, description="Load the weights in 4 bit (NF4, double quantisation, bfloat16 arithmetic)."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where it runs; auto takes a GPU if there is one."
+    )
+    ranking: bool = Field(False, description="Judge by five crops instead of one look (SAEC's ranking with TTA).")
+    crop_side: int = Field(448, ge=28, description="Longest side of the five crops.")
+    prefix_cache: int = Field(
+        8,
+        ge=0,
+        description="Beginnings of prompts, one for each product, whose keys and values are kept; 0 keeps none.",
+    )
+    workers: int = Field(4, ge=1, description="Threads that prepare images while the model is busy.")
 
 
 class Settings(Section):
@@ -142,6 +178,7 @@ class Settings(Section):
     cloud: CloudSettings = CloudSettings()
     serve: ServeSettings = ServeSettings()
     openai: OpenAISettings = OpenAISettings()
+    mllm: MllmSettings = MllmSettings()
 
 
 def load_settings(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class SaecError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -23,3 +28,9 @@ class BadInput(SaecError):
 
 class GateFailed(SaecError):
     """The command ran to its end but a stated gate was not met: exit code 1."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a message and where in it, without repeating the message."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(step) for step in first['loc']) or 'message'}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""Reading what an OpenAI-compatible model answered: P(defect) from first-token log-probabilities, JSON evidence."""
+"""Reading what an OpenAI-compatible endpoint answered: P(defect) from first-token log-probabilities, and texts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saec.cloud.geometry import to_original
-from saec.cloud.prompt import KINDS
-from saec.cloud.wire import first_problem
-from saec.types import Evidence, Query
+from saec.errors import first_problem
+from saec.vlm.answers import UnusableAnswer
+from saec.vlm.prompt import LABELS
 
 _SPACES = " \t\r\n▁Ġ"
 """What tokenizers glue to the front of a word, in plain text and in their own alphabets."""
-
-
-class UnusableAnswer(ValueError):
-    """The model answered, but not with what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +64,6 @@ class _TextReply(_Lenient):
     choices: Annotated[list[_TextChoice], Field(min_length=1)]
 
 
-def _known(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
-    return kind
-
-
-class _Evidence(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    kind: Annotated[str, AfterValidator(_known)]
-    bboxes: Annotated[list[tuple[float, float, float, float]], Field(max_length=16)]
-    desc: Annotated[str, Field(max_length=2000)]
-
-
 class _Model(_Lenient):
     id: str
 
@@ -108,7 +89,7 @@ def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
     found = {each.token: each.logprob for each in (first, *first.top_logprobs)}
     good, defect = (
         math.fsum(math.exp(logprob) for token, logprob in found.items() if token.strip(_SPACES) == label)
-        for label in ("0", "1")
+        for label in LABELS
     )
     mass = good + defect
     if mass == 0:
@@ -118,23 +99,19 @@ def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
     return LabelAnswer(p_defect=defect / mass, mass=min(1.0, mass))
 
 
-def read_evidence(body: bytes, seen: tuple[int, int], query: Query, *, source: str) -> Evidence:
-    """Return the evidence in a chat completion; boxes in pixels of the image ``seen`` are mapped to the original.
+def read_text(body: bytes) -> str:
+    """Return the text in a chat completion.
 
     Raises:
-        UnusableAnswer: cut off, not JSON of the asked form, or a box that is not inside the image.
+        UnusableAnswer: no text, or one that was cut off.
     """
     try:
         choice = _TextReply.model_validate_json(body).choices[0]
-        if choice.finish_reason == "length":
-            raise UnusableAnswer("the answer was cut off")
-        found = _Evidence.model_validate_json(choice.message.content)
-        boxes = tuple(to_original(corners, seen, query) for corners in found.bboxes)
     except ValidationError as error:
-        raise UnusableAnswer(f"not the asked JSON ({first_problem(error)})") from None
-    except ValueError as error:  # of to_original
-        raise UnusableAnswer(str(error)) from None
-    return Evidence(boxes=boxes, kind=found.kind, text=found.desc.strip() or None, source=source)
+        raise UnusableAnswer(f"no text ({first_problem(error)})") from None
+    if choice.finish_reason == "length":
+        raise UnusableAnswer("the answer was cut off")
+    return choice.message.content
 
 
 def read_models(body: bytes) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +24,17 @@ A = TypeVar("A")
 
 _FIRST_GUESS_S = 1.0
 _SMOOTHING = 0.3
+_FULL = "the queue is full"
+_TOO_LONG = "the queue is too long for the deadline"
 
 
 class Overloaded(Exception):
-    """The queue is full; ``retry_after_s`` is when, at the observed pace, it will have been worked off."""
+    """The queue is full, or too long for this query's deadline; ``retry_after_s`` is when, at the observed pace, it
+    will have been worked off."""
 
-    def __init__(self, retry_after_s: float) -> None:
+    def __init__(self, what: str, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(f"the queue is full, come back in {retry_after_s:.2f} s")
+        super().__init__(f"{what}, come back in {retry_after_s:.2f} s")
 
 
 class Expired(Exception):
@@ -61,6 +65,8 @@ class _Entry(Generic[Q, A]):
     deadline: float
     arrived: float
     answer: asyncio.Future[Answered[A]] = field(repr=False)
+    begun: float | None = None
+    """When its work began."""
 
 
 class Batcher(Generic[Q, A]):
@@ -88,6 +94,8 @@ class Batcher(Generic[Q, A]):
         self._running: list[_Entry[Q, A]] = []
         self._admitted = 0
         self._seconds_each: float | None = None
+        self._pace_of_full = False
+        self._freed = 0.0  # when the last batch was done
         self._arrival = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -105,17 +113,19 @@ class Batcher(Generic[Q, A]):
         self._loop_task = asyncio.get_running_loop().create_task(self._serve(), name="saec-cloud-batcher")
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
+    def admit(self, deadline: float = math.inf) -> Iterator[None]:
         """Hold a place in the queue for one query: taken before its body is read, so that memory is bounded as well.
 
         Raises:
-            Overloaded: all places are taken.
+            Overloaded: all places are taken, or at the pace observed so far its turn comes after the deadline.
             Draining: the service is shutting down.
         """
         if self._draining:
             raise Draining
         if self.depth >= self._max_queue:
-            raise Overloaded(self.retry_after_s())
+            raise Overloaded(_FULL, self.retry_after_s())
+        if not self._in_time(deadline):
+            raise Overloaded(_TOO_LONG, self.retry_after_s())
         self._admitted += 1
         try:
             yield
@@ -128,11 +138,22 @@ class Batcher(Generic[Q, A]):
             return _FIRST_GUESS_S
         return max(0.001, self._admitted * self._seconds_each)
 
+    def _in_time(self, deadline: float) -> bool:
+        """Say whether a query that came now would be answered by ``deadline``.
+
+        Who need not wait for a batch may always try; so may all, until a full batch has shown the pace of a full queue.
+        """
+        if self._seconds_each is None or not self._pace_of_full or self._admitted < self._max_batch:
+            return True
+        # A batch more than what is ahead: the query's own is answered as a whole.
+        return time.monotonic() + (self._admitted + self._max_batch) * self._seconds_each <= deadline
+
     async def submit(self, query: Q, *, deadline: float) -> Answered[A]:
         """Wait for the answer to an admitted query. Cancelling this call takes the query out of the queue.
 
         Raises:
-            Expired: no answer by ``deadline``; a query still waiting then never reaches the work.
+            Expired: no answer by ``deadline``.
+            Overloaded: none either, and waiting for other queries' work took most of the time.
             Draining: shut down before its turn.
             WorkFailed: the batch failed as a whole.
             Exception: what the work returned in this query's place.
@@ -150,13 +171,22 @@ class Batcher(Generic[Q, A]):
         except TimeoutError:
             if entry.answer.done() and not entry.answer.cancelled() and entry.answer.exception() is not None:
                 raise  # the work's own TimeoutError, not our deadline
-            raise Expired from None
+            raise self._too_late(entry) from None
         finally:
             if entry.answer.done() and not entry.answer.cancelled():
                 entry.answer.exception()  # seen, even when the caller left in the same moment
             for place in (self._waiting, self._running):
                 if entry in place:
                     place.remove(entry)
+
+    def _too_late(self, entry: _Entry[Q, A]) -> Overloaded | Expired:
+        """Return what kept a query from being answered in time: others before it, or its own work."""
+        begun = entry.begun
+        if begun is None:
+            waited_for_others = bool(self._running) or entry.arrived < self._freed
+        else:
+            waited_for_others = begun - entry.arrived > time.monotonic() - begun
+        return Overloaded(_TOO_LONG, self.retry_after_s()) if waited_for_others else Expired()
 
     async def in_work_thread(self, function: Callable[[], None]) -> None:
         """Run something between batches in the thread of the work, such as its warm-up."""
@@ -184,6 +214,9 @@ class Batcher(Generic[Q, A]):
             batch = await self._gather()
             if batch:
                 await self._run(batch)
+                # From the end of the last batch or the first arrival: what lies between two batches slows a queue too.
+                self._learn_pace(time.monotonic() - max(self._freed, batch[0].arrived), len(batch))
+                self._freed = time.monotonic()
             if not self._waiting:
                 self._idle.set()
 
@@ -204,7 +237,7 @@ class Batcher(Generic[Q, A]):
         while self._waiting and len(batch) < self._max_batch:
             entry = self._waiting.popleft()
             if entry.deadline <= time.monotonic():
-                _fail(entry, Expired())
+                _fail(entry, self._too_late(entry))
             elif not entry.answer.done():
                 batch.append(entry)
         return batch
@@ -213,6 +246,8 @@ class Batcher(Generic[Q, A]):
         self._running = list(batch)
         self._on_batch(len(batch))
         begun = time.monotonic()
+        for entry in batch:
+            entry.begun = begun
         queries = [entry.query for entry in batch]
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, queries)
@@ -226,7 +261,6 @@ class Batcher(Generic[Q, A]):
             return
         finally:
             self._running = []
-            self._learn_pace((time.monotonic() - begun) / len(batch))
         spent = time.monotonic() - begun
         for entry, answer in zip(batch, answers, strict=True):
             if isinstance(answer, Exception):
@@ -234,9 +268,18 @@ class Batcher(Generic[Q, A]):
             elif not entry.answer.done():
                 entry.answer.set_result(Answered(answer, begun - entry.arrived, spent, len(batch)))
 
-    def _learn_pace(self, seconds_each: float) -> None:
-        last = self._seconds_each
-        self._seconds_each = seconds_each if last is None else last + _SMOOTHING * (seconds_each - last)
+    def _learn_pace(self, seconds: float, size: int) -> None:
+        """Smooth the seconds for each query.
+
+        A query alone may cost a model as much as a full batch, so that the pace of quiet hours says little about a full
+        queue: once a full batch was seen, smaller ones count only when they were even faster.
+        """
+        full, last, each = size == self._max_batch, self._seconds_each, seconds / size
+        if last is None or (full and not self._pace_of_full):
+            self._seconds_each = each
+        elif full or not self._pace_of_full or each < last:
+            self._seconds_each = last + _SMOOTHING * (each - last)
+        self._pace_of_full |= full
 
 
 def _fail(entry: _Entry[Q, A], error: Exception) -> None:

@@ -131,7 +131,7 @@ class Endpoints:
         deadline = arrived + self._time_left(request)
         if self.status != "ready":
             raise Problem(503, f"the service is {self.status}", "ask again soon", retry_after_s=1.0)
-        with self.batcher.admit():
+        with self.batcher.admit(deadline):
             async with asyncio.timeout(deadline - arrived):
                 data = await body.read(self._settings.max_body_bytes, request.headers.get("content-length"))
                 received = time.monotonic()

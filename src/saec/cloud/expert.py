@@ -26,7 +26,6 @@ from safetensors.numpy import save as dump_tensors
 
 from saec.calibrate.conformal import overkill_threshold
 from saec.calibrate.score import ScoreCalibration
-from saec.cloud.geometry import to_original
 from saec.cloud.head import Head, best_ridge, fit_head, pooled
 from saec.cloud.images import encode_jpeg, shrink
 from saec.config import Settings
@@ -41,6 +40,7 @@ from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
 from saec.types import Evidence, Image, Label, Observation, Opinion, Part, Query
+from saec.vlm.geometry import to_original
 
 FORMAT = 1
 INDEX = "expert.json"

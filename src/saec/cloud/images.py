@@ -54,7 +54,20 @@ def encode_jpeg(image: Image, quality: int) -> bytes:
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     )
     source = image[..., 0] if is_grey(image) else image
-    done, coded = cv2.imencode(".jpg", source, flags)
+    return _coded(".jpg", source, flags)
+
+
+def encode_png(image: Image) -> bytes:
+    """Return the PNG of a [H, W, 3] BGR image: larger than JPEG, every pixel kept.
+
+    Raises:
+        ValueError: an image that cannot be PNG, such as one without pixels.
+    """
+    return _coded(".png", image)
+
+
+def _coded(suffix: str, image: Image, flags: Sequence[int] = ()) -> bytes:
+    done, coded = cv2.imencode(suffix, image, flags)
     if not done:
-        raise ValueError(f"cannot code an image of shape {image.shape} as JPEG")
+        raise ValueError(f"cannot code an image of shape {image.shape} as {suffix[1:]}")
     return coded.tobytes()

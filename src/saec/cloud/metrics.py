@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 64)
@@ -33,6 +41,7 @@ class Metrics:
         self._bytes = Counter("saec_cloud_received_bytes", "Bytes of request bodies.", registry=self._registry)
         depth = Gauge("saec_cloud_queue_depth", "Admitted questions not yet in a batch.", registry=self._registry)
         depth.set_function(queue_depth)
+        ProcessCollector(registry=self._registry)  # memory, processor time, open files; only Linux tells them
 
     def answered(self, status: int) -> None:
         """Count one finished question."""

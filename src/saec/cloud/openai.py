@@ -1,12 +1,13 @@
 """The ``openai`` backend: any OpenAI-compatible vision endpoint, such as vLLM or SGLang.
 
-One request decides: a single token with its log-probabilities (SAEC §3). Parts whose P(defect) reaches ``tau`` get a
-second one, which asks for boxes, kind and a sentence under a JSON schema. Failing to get evidence never changes the
-verdict: it is said in ``Evidence.text``.
+One request decides: a single token with its log-probabilities, after the answer's beginning ``Label: `` (SAEC §3).
+Parts whose P(defect) reaches ``tau`` get a second one, which asks for boxes, kind and a sentence under a JSON schema.
+Failing to get evidence never changes the verdict: it is said in ``Evidence.text``.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from typing import Any
 
 import httpx
 
-from saec.cloud.answers import LabelAnswer, UnusableAnswer, read_evidence, read_label, read_models
-from saec.cloud.prompt import EVIDENCE_SCHEMA, VERSION, Messages, Prompt, build_prompt
+from saec.cloud.answers import LabelAnswer, read_label, read_models, read_text
+from saec.cloud.images import encode_jpeg, encode_png
 from saec.cloud.transport import Reply, Uplink
 from saec.config import OpenAISettings
 from saec.errors import BadInput
-from saec.types import CloudError, Evidence, Opinion, Query, Reason
+from saec.types import CloudError, Evidence, Image, Opinion, Query, Reason
+from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
+from saec.vlm.prompt import EVIDENCE_SCHEMA, VERSION, Ask, Question, ask_evidence, build_question
 
 _TOP_LOGPROBS = 20
 _PROBE_S = 5.0
@@ -75,46 +78,70 @@ class OpenAIBackend:
     def _judge_one(self, query: Query) -> Opinion | Exception:
         begun = time.monotonic()
         try:
-            prompt = build_prompt(query, self._settings)
+            question = build_question(query, Ask.LABEL, self._settings)
             built = time.monotonic()
-            label = self._label(prompt)
+            label = self._label(question)
             decided = time.monotonic()
             timing_ms = {"prompt": (built - begun) * 1e3, "label": (decided - built) * 1e3}
             evidence = Evidence(source=self.model_id)
             if label.p_defect >= self._settings.tau:
-                evidence = self._evidence(prompt, query)
+                evidence = self._evidence(ask_evidence(question), query)
                 timing_ms["evidence"] = (time.monotonic() - decided) * 1e3
         except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
             return error
         return Opinion(label.p_defect, evidence, self.model_id, timing_ms, diagnostics={"label_mass": label.mass})
 
-    def _label(self, prompt: Prompt) -> LabelAnswer:
-        reply = self._ask(prompt.label_question(), {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS})
+    def _label(self, question: Question) -> LabelAnswer:
+        reply = self._ask(question, {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS})
         try:
             return read_label(reply.body, min_mass=self._settings.min_label_mass)
         except UnusableAnswer as error:
             raise CloudError(Reason.CLOUD_BAD_ANSWER, f"{self.model_id}: {error}") from None
 
-    def _evidence(self, prompt: Prompt, query: Query) -> Evidence:
+    def _evidence(self, question: Question, query: Query) -> Evidence:
         schema = {"name": "evidence", "strict": True, "schema": EVIDENCE_SCHEMA}
         options = {
             "max_tokens": self._settings.evidence_tokens,
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
         try:
-            reply = self._ask(prompt.evidence_question(), options)
-            return read_evidence(reply.body, prompt.seen, query, source=self.model_id)
+            text = read_text(self._ask(question, options).body)
+            return read_evidence(text, question.seen, query, source=self.model_id)
         except (CloudError, UnusableAnswer) as error:
-            return Evidence(text=f"no evidence: {error}"[:2000], source=self.model_id)
+            return no_evidence(error, source=self.model_id)
 
-    def _ask(self, messages: Messages, options: dict[str, Any]) -> Reply:
-        question = {"model": self._model, "messages": messages, "temperature": 0, **options}
+    def _ask(self, question: Question, options: dict[str, Any]) -> Reply:
+        body = {"model": self._model, "temperature": 0, **chat(question, self._settings), **options}
         deadline = time.monotonic() + self._settings.timeout_s
         headers = {"Content-Type": "application/json"}
-        body = json.dumps(question).encode()
         return _accepted(
-            self._uplink.request("POST", "/chat/completions", deadline=deadline, body=body, headers=headers)
+            self._uplink.request(
+                "POST", "/chat/completions", deadline=deadline, body=json.dumps(body).encode(), headers=headers
+            )
         )
+
+
+def chat(question: Question, settings: OpenAISettings) -> dict[str, Any]:
+    """Return a question as the fields of a chat completion that hold the prompt, images as data URLs."""
+    content = [
+        {"type": "text", "text": item} if isinstance(item, str) else _picture(item, settings)
+        for item in question.content
+    ]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": question.system},
+        {"role": "user", "content": content},
+    ]
+    if not (question.prefill and settings.prefill):
+        return {"messages": messages}
+    messages.append({"role": "assistant", "content": question.prefill})
+    return {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+
+
+def _picture(image: Image, settings: OpenAISettings) -> dict[str, Any]:
+    lossless = settings.image_format == "png"
+    coded = base64.b64encode(encode_png(image) if lossless else encode_jpeg(image, settings.jpeg_quality))
+    url = f"data:image/{settings.image_format};base64,{coded.decode('ascii')}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _model_id(model: str | None) -> str:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saec.cloud.images import encode_jpeg, shrink
 from saec.data.decode import UnreadableImage, decode_image
+from saec.errors import first_problem
 from saec.types import Box, Evidence, Heatmap, Image, Opinion, Query
 
 CONTENT_TYPE = "application/x-saec-question"
@@ -340,9 +341,3 @@ def _unpack_map(part: _MapPart | None, data: memoryview | None) -> Heatmap | Non
         raise WireError(f"the anomaly map is damaged ({error})") from None
     scaled = part.low + levels.reshape(part.rows, part.columns) * ((part.high - part.low) / 255.0)
     return scaled.astype(np.float32)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong with a message and where in it, without repeating the message."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(str(step) for step in first['loc']) or 'message'}: {first['msg']}"
