@@ -44,8 +44,9 @@ async def running(
 
 
 async def ask(batcher: Batcher[int, int], number: int, within_s: float = 5.0) -> Answered[int]:
-    with batcher.admit():
-        return await batcher.submit(number, deadline=time.monotonic() + within_s)
+    deadline = time.monotonic() + within_s
+    with batcher.admit(deadline):
+        return await batcher.submit(number, deadline=deadline)
 
 
 async def test_queries_that_come_together_share_batches_and_get_their_own_answers() -> None:
@@ -92,6 +93,26 @@ async def test_a_full_queue_refuses_with_a_wait_learnt_from_the_pace() -> None:
         assert batcher.depth == 0
 
 
+async def test_a_query_whose_turn_would_come_too_late_is_refused_at_once() -> None:
+    def work(numbers: Sequence[int]) -> list[int | Exception]:
+        time.sleep(0.2)
+        return list(numbers)
+
+    async with running(work, max_batch=2, max_wait_s=0.0) as batcher:
+        await ask(batcher, 0)  # alone: says nothing of the pace of a full batch
+        burst = [asyncio.create_task(ask(batcher, i)) for i in range(6)]
+        await asyncio.sleep(0.3)  # one full batch is done, another runs, one waits
+        begun = time.monotonic()
+        with pytest.raises(Overloaded, match="too long for the deadline") as refused:
+            await ask(batcher, 6, within_s=0.3)
+        assert time.monotonic() - begun < 0.1
+        assert 0.2 <= refused.value.retry_after_s < 1.0
+        assert (await ask(batcher, 7, within_s=5.0)).value == 7
+        assert [answer.value for answer in await asyncio.gather(*burst)] == list(range(6))
+        alone = await ask(batcher, 8, within_s=0.3)
+    assert alone.value == 8, "who need not wait may always try"
+
+
 async def test_expired_and_abandoned_queries_never_reach_the_work() -> None:
     work = Recorder()
     async with running(work, max_batch=1) as batcher:
@@ -100,10 +121,9 @@ async def test_expired_and_abandoned_queries_never_reach_the_work() -> None:
         await asyncio.sleep(0.05)
         late = asyncio.create_task(ask(batcher, 2, within_s=0.05))
         gone = asyncio.create_task(ask(batcher, 3))
-        with pytest.raises(Expired):
-            await ask(batcher, 4, within_s=0.0)
-        with pytest.raises(Expired):
-            await late
+        for waiting in (late, ask(batcher, 4, within_s=0.0)):
+            with pytest.raises(Overloaded, match="too long for the deadline"):
+                await waiting
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         assert batcher.depth == 0

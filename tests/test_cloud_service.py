@@ -141,7 +141,7 @@ async def test_a_corrupt_jpeg_in_a_sound_frame_is_refused(monkeypatch: pytest.Mo
     assert backend.seen == []
 
 
-async def test_an_expired_deadline_is_504_and_the_backend_never_saw_it() -> None:
+async def test_an_expired_deadline_is_504_or_429_where_the_queue_took_it_and_the_backend_never_saw_it() -> None:
     backend = FakeBackend(seconds=0.3)
     async with service(backend, max_batch=1) as client:
         assert (await post(client, body_of("late"), **{wire.DEADLINE_HEADER: "0"})).status_code == 504
@@ -149,10 +149,14 @@ async def test_an_expired_deadline_is_504_and_the_backend_never_saw_it() -> None
         busy = asyncio.create_task(post(client, body_of("busy")))
         await asyncio.sleep(0.05)
         waited = await post(client, body_of("late"), **{wire.DEADLINE_HEADER: "60"})
-        assert refusal(waited) == (504, "the deadline passed before there was an answer")
+        assert refusal(waited) == (429, "the queue is too long for the deadline, come back in 1.00 s"), (
+            "load is no fault"
+        )
         assert (await busy).status_code == 200
+        slow = await post(client, body_of("slow"), **{wire.DEADLINE_HEADER: "60"})
+        assert refusal(slow) == (504, "the deadline passed before there was an answer")
         assert (await post(client, body_of("next"))).status_code == 200
-    assert [each.part_id for each in backend.seen] == ["busy", "next"]
+    assert [each.part_id for each in backend.seen] == ["busy", "slow", "next"]
 
 
 async def test_a_full_queue_is_429_with_retry_after() -> None:
