@@ -1,0 +1,177 @@
+"""What is trained: LoRA on the language model and, if wanted, the projector; and how both are saved as one adapter."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from saec.errors import BadInput
+from saec.train.config import TrainSettings
+from saec.train.files import replace_folder, sync
+
+WEIGHTS = "adapter_model.safetensors"
+
+_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|image_encoder)(\.|$)")
+"""Names that the families give their vision towers."""
+
+
+def add_adapter(model: nn.Module, base_id: str, settings: TrainSettings) -> PeftModel:
+    """Wrap a model so that only LoRA and projector weights learn; they are float32, all else is frozen.
+
+    Raises:
+        BadInput: a pattern that matches nothing or touches the vision tower, or an adapter that does not fit.
+    """
+    lora_modules(model, settings.lora_targets)
+    projector = [projector_module(model, settings.projector)] if settings.train_projector else None
+    _keep_four_bit_layout(model)
+    torch.manual_seed(settings.seed)
+    # No task type: the plain PeftModel passes all inputs through, whatever the model's forward takes.
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
+        modules_to_save=projector,
+    )
+    wrapped: PeftModel = get_peft_model(model, config)
+    config.base_model_name_or_path = base_id
+    for name in projector or ():
+        _train_in_float32(wrapped.get_base_model().get_submodule(name).modules_to_save["default"])
+    if settings.adapter is not None:
+        load_adapter(wrapped, Path(settings.adapter))
+    return wrapped
+
+
+def lora_modules(model: nn.Module, pattern: str) -> list[str]:
+    """Return the names of the modules that LoRA adapts.
+
+    Raises:
+        BadInput: not a regular expression, it matches nothing, or something of the vision tower.
+    """
+    found = _matching(model, pattern, "lora_targets")
+    stray = next((name for name in found if _VISION.search(name)), None)
+    if stray is not None:
+        raise BadInput(
+            "lora_targets reaches into the vision tower", where=stray, fix="name the language model in the pattern"
+        )
+    return found
+
+
+def projector_module(model: nn.Module, pattern: str) -> str:
+    """Return the name of the one module that is the projector.
+
+    Raises:
+        BadInput: none or several match, or its weights are quantised.
+    """
+    found = _matching(model, pattern, "projector")
+    top = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(top) > 1:
+        raise BadInput("several modules match the projector", where=", ".join(top), fix="make the pattern tell one")
+    if not all(weight.is_floating_point() for weight in model.get_submodule(top[0]).parameters()):
+        raise BadInput("the projector is quantised and cannot be trained", where=top[0], fix="set four_bit=false")
+    return top[0]
+
+
+def _matching(model: nn.Module, pattern: str, key: str) -> list[str]:
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"not a regular expression ({error})", where=f"{key}={pattern}") from None
+    found = [name for name, _ in model.named_modules() if wanted.fullmatch(name)]
+    if not found:
+        raise BadInput(f"no module of {type(model).__name__} matches", where=f"{key}={pattern}")
+    return found
+
+
+def _keep_four_bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from re-packing NF4 weights in an evaluation on CPUs with AVX512-BF16.
+
+    The packed layout serves inference only: after it, a training step dies in an in-place write to a leaf.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _train_in_float32(projector: nn.Module) -> None:
+    """Let the projector learn in float32 inside a bfloat16 model: steps of Adam would be lost in eight bits."""
+    dtype = next(projector.parameters()).dtype
+    if dtype == torch.float32:
+        return
+    projector.float()
+
+    def cast(values: tuple[Any, ...], to: torch.dtype) -> tuple[Any, ...]:
+        return tuple(v.to(to) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
+
+    projector.register_forward_pre_hook(lambda _, inputs: cast(inputs, torch.float32))
+    projector.register_forward_hook(lambda _, __, output: cast((output,), dtype)[0])
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return AdamW's groups: LoRA, and the projector with its own rate. ``peak`` is the rate before the schedule."""
+    lora: list[nn.Parameter] = []
+    projector: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            (projector if ".modules_to_save." in name else lora).append(weight)
+    rates = ((lora, settings.lr), (projector, settings.projector_lr))
+    return [{"params": weights, "lr": peak, "peak": peak} for weights, peak in rates if weights]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what learns, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write an ordinary PEFT adapter folder, atomically: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    # PeftModel.save_pretrained would ask the model hub about the embeddings, and add an empty model card.
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in sorted(weights.items())}
+    save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+    (beside / WEIGHTS).chmod(0o644)  # a service may run as another user
+    config = model.peft_config["default"]
+    learning, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(str(beside))
+    finally:
+        config.inference_mode = learning
+    sync(beside)
+    replace_folder(beside, folder)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a saved adapter into a wrapped model.
+
+    Raises:
+        BadInput: no adapter there, or one with other modules or another rank.
+    """
+    try:
+        weights: Mapping[str, torch.Tensor] = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read the adapter ({error})", where=folder) from None
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
+    if odd:
+        raise BadInput(
+            f"the adapter does not fit the settings: it differs in {odd[0]}",
+            where=folder,
+            fix="use the rank, targets and projector it was trained with",
+        )
+    set_peft_model_state_dict(model, dict(weights))

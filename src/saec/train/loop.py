@@ -1,0 +1,296 @@
+"""The training loop: plain PyTorch, the same for every family, resumable at any moment.
+
+Loss is the mean cross-entropy of an answer's tokens, averaged over the questions of a step: a label of one token weighs
+as much as a sentence. LoRA after Hu et al. 2021, NF4 after Dettmers et al. 2023 (QLoRA), recipe of SAEC section 4.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saec import __version__
+from saec.config import MllmSettings, PromptSettings
+from saec.data.hashing import sha256_file
+from saec.errors import GateFailed
+from saec.train import adapter, checkpoint, evaluation, record
+from saec.train.ahead import ahead, chunks
+from saec.train.checkpoint import Position
+from saec.train.config import TrainSettings
+from saec.train.files import append_line, cut_lines, read_lines
+from saec.train.leaks import check_leaks
+from saec.train.rows import Example, Row, epoch_plan, pose, read_rows
+from saec.train.schedule import rate, steps_of
+from saec.train.stop import Stop
+from saec.vlm.load import Vlm, load_vlm
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def said(self, text: str) -> None:
+        """Hear what is being done."""
+        ...
+
+    def stepped(self, step: int, total: int, entry: dict[str, Any]) -> None:
+        """Hear of one optimizer step: ``entry`` is the line of the log, with ``images_per_s`` besides."""
+        ...
+
+
+class Silent:
+    """Watches nothing."""
+
+    def said(self, text: str) -> None:
+        """Ignore it."""
+
+    def stepped(self, step: int, total: int, entry: dict[str, Any]) -> None:
+        """Ignore it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run: the release folder, and ``train.json`` as read. ``repeated``: it had been finished before."""
+
+    release: Path
+    summary: dict[str, Any]
+    repeated: bool = False
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: all is saved at ``step``, and the same command goes on from there."""
+
+    def __init__(self, step: int, total: int) -> None:
+        self.step, self.total = step, total
+        super().__init__(f"stopped at step {step} of {total}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    settings: TrainSettings
+    out: Path
+    vlm: Vlm
+    train: Sequence[Row]
+    val: Sequence[Row]
+    learning: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    total: int
+    watcher: Watcher
+
+    @property
+    def prompt(self) -> PromptSettings:
+        return prompt_settings(self.settings)
+
+    def save(self, at: Position) -> None:
+        checkpoint.save_checkpoint(self.out / "checkpoints", at, self.learning, self.optimizer)
+
+
+def prompt_settings(settings: TrainSettings) -> PromptSettings:
+    """Return how questions are put in this run; serve the adapter with the same."""
+    return PromptSettings(max_side=settings.max_side, side_multiple=settings.side_multiple)
+
+
+def load_base(settings: TrainSettings) -> Vlm:
+    """Load the base model of a run, without any adapter."""
+    return load_vlm(
+        MllmSettings(
+            model=settings.model,
+            dtype=settings.dtype,
+            four_bit=settings.four_bit,
+            device=settings.device,
+            attention=settings.attention,
+            max_side=settings.max_side,
+            side_multiple=settings.side_multiple,
+        )
+    )
+
+
+def train(
+    settings: TrainSettings,
+    train_file: Path,
+    val_file: Path,
+    out: Path,
+    *,
+    load: Callable[[TrainSettings], Vlm] = load_base,
+    watcher: Watcher | None = None,
+) -> TrainResult:
+    """Fine-tune a model, or go on with a run that was stopped or killed, in the folder ``out``.
+
+    It then holds ``best/`` and ``last/`` (PEFT adapter folders), ``train.log.jsonl``, ``eval.jsonl``, ``loss.png``,
+    ``trained_on.txt`` (SHA-256 of every training image), and ``train.json``, written last.
+
+    Raises:
+        BadInput: settings, rows, model or folder that cannot be used, or another run's folder.
+        GateFailed: training and validation share an image, or the loss is no number.
+        Interrupted: it was told to stop; a checkpoint is written.
+    """
+    watcher = watcher or Silent()
+    finished = record.open_run(out, settings, {"train": train_file, "val": val_file})
+    if finished is not None:
+        return TrainResult(out / str(finished["release"]), finished, repeated=True)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    rows, held_out = read_rows(train_file), read_rows(val_file)
+    watcher.said(f"checking {len(rows)} training and {len(held_out)} validation images for leaks")
+    check_leaks(rows, held_out)
+    record.write_trained_on(out, rows)
+    watcher.said(f"loading {settings.model}")
+    run = _prepare(settings, out, load(settings), rows, held_out, watcher)
+    at = checkpoint.load_checkpoint(out / "checkpoints", run.learning, run.optimizer) or Position()
+    if at.step:
+        watcher.said(f"resuming at step {at.step} of {run.total}")
+    _cut_logs(run, at)
+    with Stop() as stop:
+        while at.epoch < settings.epochs:
+            at = _epoch(run, at, stop)
+            _evaluate(run, at)
+            at = replace(at, epoch=at.epoch + 1, done=0)
+            if stop and at.epoch < settings.epochs:
+                raise Interrupted(at.step, run.total)
+    return _finish(run, at)
+
+
+def _prepare(
+    settings: TrainSettings, out: Path, vlm: Vlm, train: Sequence[Row], val: Sequence[Row], watcher: Watcher
+) -> _Run:
+    base = vlm.model
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    vlm = replace(vlm, model=adapter.add_adapter(base, vlm.base_id, settings))
+    groups = adapter.parameter_groups(vlm.model, settings)
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    total = sum(steps_of(len(epoch_plan(train, settings, e)), settings) for e in range(settings.epochs))
+    return _Run(settings, out, vlm, train, val, adapter.trainable(vlm.model), optimizer, total, watcher)
+
+
+def _cut_logs(run: _Run, at: Position) -> None:
+    """Forget what came after the checkpoint: it will be done, and told, again."""
+    cut_lines(run.out / record.LOG, lambda entry: entry["step"] <= at.step)
+    cut_lines(run.out / record.EVALUATIONS, lambda entry: entry["step"] <= at.step)
+
+
+def _epoch(run: _Run, at: Position, stop: Stop) -> Position:
+    """Train what is left of an epoch and return the position at its end, where a checkpoint lies."""
+    settings = run.settings
+    batches = chunks(epoch_plan(run.train, settings, at.epoch), settings.batch_size)
+    steps = chunks(batches, settings.accumulation)[at.done :]
+    model, began, passed = run.vlm.model.train(), time.monotonic(), 0
+    with closing(ahead(partial(_encode, run, batch) for step in steps for batch in step)) as inputs:
+        for step in steps:
+            examples, started = sum(map(len, step)), time.monotonic()
+            loss = _step(run, model, (next(inputs) for _ in step), examples, at.step)
+            at = replace(at, step=at.step + 1, done=at.done + 1, seconds=at.seconds + time.monotonic() - started)
+            entry = {"step": at.step, "epoch": at.epoch, "loss": loss, "lr": run.optimizer.param_groups[0]["lr"]}
+            append_line(run.out / record.LOG, {**entry, "seconds": round(at.seconds, 3)})
+            passed += examples
+            run.watcher.stepped(at.step, run.total, {**entry, "images_per_s": passed / (time.monotonic() - began)})
+            if stop or (at.step % settings.checkpoint_every == 0 and step is not steps[-1]):
+                run.save(at)
+            if stop:
+                raise Interrupted(at.step, run.total)
+    if steps:
+        run.save(at)
+    return at
+
+
+def _encode(run: _Run, batch: Sequence[Example]) -> dict[str, Tensor]:
+    posed = [pose(example, run.prompt) for example in batch]
+    inputs: dict[str, Tensor] = run.vlm.encoder.encode([asked for asked, _ in posed], [answer for _, answer in posed])
+    return inputs
+
+
+def _step(run: _Run, model: nn.Module, inputs: Iterable[dict[str, Tensor]], examples: int, done: int) -> float:
+    """Take one step of the optimizer over the forward passes ``inputs``; return the mean loss of its examples."""
+    loss = torch.zeros((), device=_device(model))
+    for batch in inputs:
+        part = answer_loss(model, batch) / examples
+        part.backward()
+        loss += part.detach()
+    value = float(loss)
+    if not math.isfinite(value):
+        raise GateFailed(f"the loss is {value} at step {done + 1}: lower the learning rates and begin anew")
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate(done, run.total, run.settings)
+    nn.utils.clip_grad_norm_(run.learning.values(), run.settings.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the sum over a batch's examples of the mean cross-entropy of their answer tokens, a float32 scalar.
+
+    ``batch`` is what :meth:`Encoder.encode` gives with answers. Only positions from the first answer on are put
+    through the vocabulary: of a prompt of 1,000 tokens, the last few.
+    """
+    device = _device(model)
+    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    targets = inputs.pop("labels")[:, 1:]  # the state before a token predicts it
+    asked = targets != -100
+    length = targets.shape[1] + 1
+    first = int(asked.any(0).nonzero()[0])
+    logits = model(**inputs, logits_to_keep=length - first).logits[:, :-1]
+    targets, asked = targets[:, first:], asked[:, first:]
+    losses = nn.functional.cross_entropy(logits[asked].float(), targets[asked], reduction="none")
+    weight = (asked / asked.sum(1, keepdim=True))[asked]
+    return (losses * weight).sum()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _evaluate(run: _Run, at: Position) -> None:
+    """Evaluate after an epoch and save the adapters, unless a killed run already did."""
+    former = read_lines(run.out / record.EVALUATIONS)
+    if any(entry["epoch"] == at.epoch for entry in former):
+        return
+    run.watcher.said(f"evaluating epoch {at.epoch + 1}")
+    started = time.monotonic()
+    p = evaluation.p_defects(run.vlm, run.val, run.prompt, run.settings.evaluate_batch)
+    found = evaluation.figures(run.val, p)
+    if all(_rank(found) > _rank(entry) for entry in former):
+        adapter.save_adapter(run.vlm.model, run.out / "best")
+    adapter.save_adapter(run.vlm.model, run.out / "last")
+    seconds = round(time.monotonic() - started, 3)
+    # Last: a line in this log means that the adapters are on the disk.
+    append_line(run.out / record.EVALUATIONS, {"epoch": at.epoch, "step": at.step, **found, "seconds": seconds})
+    record.draw_losses(run.out)
+    shown = {name: "–" if found[name] is None else f"{found[name]:.4f}" for name in ("auroc", "accuracy")}
+    run.watcher.said(f"epoch {at.epoch + 1}: AUROC {shown['auroc']}, accuracy {shown['accuracy']}")
+
+
+def _rank(entry: dict[str, Any]) -> tuple[float, float]:
+    """Order of evaluations: by AUROC; where the validation file has one class only, by accuracy."""
+    return (-1.0 if entry["auroc"] is None else entry["auroc"], entry["accuracy"] if entry["auroc"] is None else 0.0)
+
+
+def _finish(run: _Run, at: Position) -> TrainResult:
+    release = run.out / run.settings.keep
+    evaluations = read_lines(run.out / record.EVALUATIONS)
+    best = max(evaluations, key=_rank)
+    summary = {
+        "format": "saec-train/1",
+        "version": __version__,
+        "model": run.vlm.base_id,
+        "release": run.settings.keep,
+        "adapter_sha256": sha256_file(release / adapter.WEIGHTS),
+        "best_epoch": best["epoch"],
+        "settings": run.settings.model_dump(mode="json"),
+        "data": {"sha256": record.data_hashes(run.out), "n_train": len(run.train), "n_val": len(run.val)},
+        "trainable_weights": sum(weight.numel() for weight in run.learning.values()),
+        "steps": at.step,
+        "train_seconds": round(at.seconds, 3),
+        "memory": record.peak_memory(),
+        "epochs": evaluations,
+    }
+    record.write_summary(run.out, summary)
+    return TrainResult(release, summary)

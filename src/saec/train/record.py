@@ -1,0 +1,124 @@
+"""What a run leaves behind besides its adapters: the settings it began with, the loss curve, and the summary."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from saec import __version__
+from saec.data.hashing import sha256_file
+from saec.data.manifest import write_atomic
+from saec.errors import BadInput
+from saec.train.config import TrainSettings, first_difference, make_train_settings
+from saec.train.files import read_lines
+from saec.train.rows import Row
+
+LOG, EVALUATIONS, SUMMARY, TRAINED_ON = "train.log.jsonl", "eval.jsonl", "train.json", "trained_on.txt"
+
+_RUN = "run.json"
+_FREE = ("checkpoint_every", "threads")  # may differ in a resumed run
+
+
+def open_run(out: Path, settings: TrainSettings, files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Begin a run in an empty folder or check that ``out`` holds this very run; return its summary if it is finished.
+
+    Raises:
+        BadInput: the folder holds something else, or a run with another setting or other data, which is named.
+    """
+    data = {name: _digest(file) for name, file in files.items()}
+    place = out / _RUN
+    if not place.exists():
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise BadInput("the folder is not empty and no training run", where=out, fix="choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        start = {"version": __version__, "settings": settings.model_dump(mode="json"), "data": data}
+        write_atomic(place, json.dumps(start, indent=1) + "\n")
+        return None
+    begun = _read(place)
+    key = first_difference(make_train_settings(begun["settings"], where=str(place)), settings, free=_FREE)
+    if key is not None:
+        raise BadInput(
+            f"this run was begun with {key}={begun['settings'][key]!r}",
+            where=out,
+            fix=f"keep {key} to resume it, or choose another folder",
+        )
+    changed = next((name for name in data if begun["data"].get(name) != data[name]), None)
+    if changed is not None:
+        raise BadInput(
+            f"this run was begun with another {changed} file", where=files[changed], fix="choose another --out"
+        )
+    return _read(out / SUMMARY) if (out / SUMMARY).exists() else None
+
+
+def data_hashes(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files that the run was begun with, by name."""
+    hashes: dict[str, str] = _read(out / _RUN)["data"]
+    return hashes
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sha256_file(file)
+    except OSError as error:
+        raise BadInput("cannot read the fine-tuning file", where=file, fix=error.strerror or "check the path") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"damaged record of the run ({error})", where=file, fix="choose another folder") from None
+    return found
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``train.json``, the mark of a finished run."""
+    write_atomic(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_trained_on(out: Path, rows: Sequence[Row]) -> None:
+    """Write the list of training images as ``sha256sum`` does: what ``exclude=`` of the holdout builders takes."""
+    write_atomic(out / TRAINED_ON, "".join(f"{row.sha256}  {row.part_id}\n" for row in rows))
+
+
+def peak_memory() -> dict[str, float | None]:
+    """Return the largest memory of this process so far: resident, and on the GPU (``None`` without one), in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    gpu = torch.cuda.max_memory_reserved() / 1e6 if torch.cuda.is_initialized() else None
+    return {"rss_peak_mb": resident, "gpu_peak_mb": gpu}
+
+
+def draw_losses(out: Path) -> None:
+    """Draw ``loss.png`` from the log: the loss of every step, its running mean, and the AUROC after each epoch."""
+    log, evaluations = read_lines(out / LOG), read_lines(out / EVALUATIONS)
+    steps, losses = [entry["step"] for entry in log], [entry["loss"] for entry in log]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy of the answer", ylim=(0, None))
+    ranked = [(entry["step"], entry["auroc"]) for entry in evaluations if entry["auroc"] is not None]
+    if ranked:
+        right = axes.twinx()
+        right.plot(*zip(*ranked, strict=True), color="tab:red", marker="o", label="validation AUROC")
+        right.set(ylabel="validation AUROC", ylim=(0.5, 1))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(out / "loss.png", dpi=110)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    share, mean, smoothed = 0.95, 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = share * mean + (1 - share) * value
+        smoothed.append(mean / (1 - share**count))  # as Adam does: the mean does not start at zero
+    return smoothed
