@@ -32,7 +32,6 @@ def add_adapter(model: nn.Module, base_id: str, settings: TrainSettings) -> Peft
     """
     lora_modules(model, settings.lora_targets)
     projector = [projector_module(model, settings.projector)] if settings.train_projector else None
-    _keep_four_bit_layout(model)
     torch.manual_seed(settings.seed)
     # No task type: the plain PeftModel passes all inputs through, whatever the model's forward takes.
     config = LoraConfig(
@@ -44,11 +43,23 @@ def add_adapter(model: nn.Module, base_id: str, settings: TrainSettings) -> Peft
     )
     wrapped: PeftModel = get_peft_model(model, config)
     config.base_model_name_or_path = base_id
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(wrapped.get_base_model())
     for name in projector or ():
         _train_in_float32(wrapped.get_base_model().get_submodule(name).modules_to_save["default"])
     if settings.adapter is not None:
         load_adapter(wrapped, Path(settings.adapter))
     return wrapped
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    try:
+        # Not re-entrant: that one wants gradients at the input, where nothing learns.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise BadInput(
+            f"{type(model).__name__} cannot compute activations twice ({error})", fix="set gradient_checkpointing=false"
+        ) from None
 
 
 def lora_modules(model: nn.Module, pattern: str) -> list[str]:
@@ -63,6 +74,9 @@ def lora_modules(model: nn.Module, pattern: str) -> list[str]:
         raise BadInput(
             "lora_targets reaches into the vision tower", where=stray, fix="name the language model in the pattern"
         )
+    other = next((name for name in found if not isinstance(model.get_submodule(name), nn.Linear)), None)
+    if other is not None:
+        raise BadInput("lora_targets matches more than linear layers", where=other)
     return found
 
 
@@ -90,16 +104,6 @@ def _matching(model: nn.Module, pattern: str, key: str) -> list[str]:
     if not found:
         raise BadInput(f"no module of {type(model).__name__} matches", where=f"{key}={pattern}")
     return found
-
-
-def _keep_four_bit_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from re-packing NF4 weights in an evaluation on CPUs with AVX512-BF16.
-
-    The packed layout serves inference only: after it, a training step dies in an in-place write to a leaf.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _train_in_float32(projector: nn.Module) -> None:

@@ -161,10 +161,7 @@ def train(
 def _prepare(
     settings: TrainSettings, out: Path, vlm: Vlm, train: Sequence[Row], val: Sequence[Row], watcher: Watcher
 ) -> _Run:
-    base = vlm.model
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    vlm = replace(vlm, model=adapter.add_adapter(base, vlm.base_id, settings))
+    vlm = replace(vlm, model=adapter.add_adapter(vlm.model, vlm.base_id, settings))
     groups = adapter.parameter_groups(vlm.model, settings)
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     total = sum(steps_of(len(epoch_plan(train, settings, e)), settings) for e in range(settings.epochs))
@@ -237,7 +234,7 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     asked = targets != -100
     length = targets.shape[1] + 1
     first = int(asked.any(0).nonzero()[0])
-    logits = model(**inputs, logits_to_keep=length - first).logits[:, :-1]
+    logits = model(**inputs, logits_to_keep=length - first, use_cache=False).logits[:, :-1]
     targets, asked = targets[:, first:], asked[:, first:]
     losses = nn.functional.cross_entropy(logits[asked].float(), targets[asked], reduction="none")
     weight = (asked / asked.sum(1, keepdim=True))[asked]
