@@ -45,9 +45,11 @@ Signs of a defect:
 - joint: faulty weld, solder joint or seam
 Answer exactly in the form the question asks for."""
 
-_ASK_LABEL = "Does this part have a defect? Answer with one digit and nothing else: 1 for a defect, 0 for a good part."
+_ASK_LABEL = (
+    "\nDoes this part have a defect? Answer with one digit and nothing else: 1 for a defect, 0 for a good part."
+)
 _ASK_EVIDENCE = (
-    "This part was judged defective. Answer with JSON: kind (the sign of a defect that fits best), bboxes (one "
+    "\nThis part was judged defective. Answer with JSON: kind (the sign of a defect that fits best), bboxes (one "
     "[x1, y1, x2, y2] for each defect, in pixels of the {width} x {height} image of the part, origin at the top left), "
     "desc (one short sentence saying what is wrong and where)."
 )
@@ -100,17 +102,17 @@ def build_question(query: Query, ask: Ask, settings: PromptSettings) -> Question
     """Return the question about one part: instructions, product and references, close-up, the part, what is asked."""
     content: list[str | Image] = [f"Product: {query.product}."]
     for reference in query.references[: settings.references]:
-        content += ["A good part of this product, for reference:", _view(reference, settings)]
+        content += ["\nA good part of this product, for reference:\n", _view(reference, settings)]
     shared = len(content)
     close_up = anomaly_crop(query)
     if close_up is not None:
         # Before the part: it then stands next to the question, and its pixel grid is the one that boxes refer to.
         content += [
-            "A close-up of where the part to judge departs most from good parts; that alone is no defect:",
+            "\nA close-up of where the part to judge departs most from good parts; that alone is no defect:\n",
             _view(close_up, settings, settings.max_side // 2),
         ]
     part = _view(query.image, settings)
-    content += ["The part to judge:", part, _ASK_LABEL]
+    content += ["\nThe part to judge:\n", part, _ASK_LABEL]
     seen = (part.shape[1], part.shape[0])
     label = Question(
         Ask.LABEL, _INSTRUCTIONS, tuple(content), PREFILL, query.product, part, seen, shown_map(query), shared
