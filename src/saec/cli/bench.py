@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saec.cli.options import ConfigOption, SetOption, settings_of
+from saec.cli.asked import BackendOption, Baseline, ClassifierOption, SideOption
+from saec.cli.options import CloudOption, ConfigOption, JsonOption, ProductOption, SetOption, StationOption, settings_of
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
@@ -147,6 +148,71 @@ def edge(
 
     settings = settings_of(config, set_)
     finish(json_, bench_edge(dataset_of(data, settings), settings, images=images, rounds=rounds))
+
+
+@app.command()
+def table(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled parts: the test split, or all.")],
+    station: StationOption,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder; an interrupted table is resumed.", show_default=False),
+    ],
+    cloud: CloudOption = None,
+    backend: BackendOption = None,
+    zero_shot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|URL",
+            help="Who answers without adapter: a name that saec models list knows, a folder, a model of the endpoint "
+            "(--backend openai), or a service. Default: mllm.model without its adapter.",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[Baseline] | None, typer.Option(help="Also this one; may be repeated.", show_default=False)
+    ] = None,
+    classifier: ClassifierOption = None,
+    side: SideOption = 448,
+    parts: Annotated[
+        int | None,
+        typer.Option(help="At most this many, each product and label with its share.", show_default=False),
+    ] = None,
+    published: Annotated[bool, typer.Option("--published", help="Also print the figures of the SAEC paper.")] = False,
+    product: ProductOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """SAEC's table: edge, cloud zero-shot and tuned, cascade, and the ablations, on the same parts in one go.
+
+    Arms whose model is not at hand are listed with the way to get it. The folder holds table.json, table.md and a run
+    folder for each arm; an arm that is done is not run again.
+    """
+    from saec.cli.asked import table_of
+    from saec.cli.demo import sample
+    from saec.cli.evaluate import labelled_parts
+    from saec.cli.options import load_station
+    from saec.cli.table import run_and_tell
+
+    settings = settings_of(config, set_)
+    judge = load_station(station, settings)
+    found = labelled_parts(data, judge, settings, product)
+    if parts is not None:
+        if parts < 1:
+            raise BadInput("nothing to measure on", where=f"--parts {parts}", fix="at least 1")
+        found = sample(found, parts)
+    arms = table_of(
+        settings,
+        station,
+        cloud=cloud,
+        backend=backend,
+        zero_shot=zero_shot,
+        baselines=baseline or (),
+        file=classifier,
+        side=side,
+    )
+    run_and_tell(arms, found, judge, settings, out, published=published, json_=json_)
 
 
 def finish(file: Path | None, *tables: Table) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saec.cli.asked import BackendOption, Baseline, ClassifierOption, SideOption, baseline_arm, tuned
 from saec.cli.options import (
     CloudOption,
     ConfigOption,
@@ -27,7 +30,10 @@ from saec.errors import BadInput
 if TYPE_CHECKING:
     from saec.config import Settings
     from saec.edge.station import Station
-    from saec.types import Part
+    from saec.evaluate.bench_table import Arm
+    from saec.evaluate.runner import Outcome
+    from saec.evaluate.runner import Station as Judge
+    from saec.types import CloudClient, Part
 
 SWEEP = "sweep.json"
 
@@ -46,7 +52,14 @@ def evaluate(
         float | None,
         typer.Option(metavar="SHARE", help="Ask about this share of the parts, drawn by lot.", show_default=False),
     ] = None,
+    baseline: Annotated[
+        Baseline | None,
+        typer.Option(help="What the SAEC paper compares with, in the place of the cascade.", show_default=False),
+    ] = None,
+    classifier: ClassifierOption = None,
+    side: SideOption = 448,
     cloud: CloudOption = None,
+    backend: BackendOption = None,
     product: ProductOption = None,
     escalation: Annotated[
         float | None,
@@ -70,27 +83,33 @@ def evaluate(
 
     Refused when one of the images is among those that the station was fitted or calibrated on. A gate on any figure
     of summary.json (dots lead inside: latency_ms.p99<=60) turns a miss into exit code 1.
+
+    Baselines: qwen-zero-shot puts every part to a multimodal LLM without adapter (--cloud URL, --backend openai, or
+    mllm.model), llava-zero-shot to LLaVA-1.5, which answers in two tokens; yolo-cls judges by an ImageNet classifier
+    alone (--classifier). A part that a model does not answer usably counts as wrong.
     """
-    from saec.cli.live import live
     from saec.cli.tell import refuse_unreadable, tell_run
     from saec.evaluate.gates import parse_gate, require
-    from saec.evaluate.runner import recorded, run_parts
 
     gates = [parse_gate(text) for text in gate or ()]
     gates += [parse_gate(f"accuracy>={min_accuracy}")] if min_accuracy is not None else []
     gates += [parse_gate(f"escape_rate<={max_escape}")] if max_escape is not None else []
-    mode = _mode(edge_only, cloud_only, random_ratio)
+    mode = _mode(edge_only, cloud_only, random_ratio, baseline)
     dials = {"route__mode": mode, "route__random_ratio": random_ratio, "route__budget_share": escalation}
     settings = settings_of(config, set_, **dials)
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
-    _needs_cloud(mode, cloud, settings)
-    choice = "off" if settings.route.mode == "edge_only" else cloud
-    with (
-        open_cloud(choice, settings, station) as client,
-        live("evaluating", len(parts), done=recorded(out)) as shown,
-    ):
-        outcome = run_parts(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown)
+    arm = None
+    if baseline is not None:
+        arm = baseline_arm(baseline, settings, station, cloud=cloud, backend=backend, file=classifier, side=side)
+        opened = nullcontext() if arm.asked is None else arm.asked.opened()
+    elif settings.route.mode == "edge_only":
+        opened = nullcontext()
+    else:
+        _needs_cloud(mode, cloud or backend, settings)
+        asked = tuned(cloud, backend, settings, station) if backend is not None else None
+        opened = open_cloud(cloud, settings, station) if asked is None else asked.opened()
+    outcome = _run("evaluating", parts, judge, settings, out, opened, arm=arm)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
     if outcome.summary is not None:
         refuse_unreadable(outcome.summary, [data], out)
@@ -109,32 +128,19 @@ def sweep(
 ) -> None:
     """Ask edge and cloud about every part once, then try all thresholds: accuracy, time and escalation of each."""
     from saec.cli.console import print_json, print_tables, say_path
-    from saec.cli.live import live
     from saec.cli.tell import tell_run
     from saec.evaluate.arms import AskAlways
     from saec.evaluate.arms import sweep as try_thresholds
     from saec.evaluate.report import RunFolder, write_report
-    from saec.evaluate.runner import REPORT, recorded, run_parts
+    from saec.evaluate.runner import REPORT
     from saec.evaluate.summary import write_atomically
 
     settings = settings_of(config, set_, route__mode="cascade", route__budget_share="")
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     _needs_cloud("cloud_only", cloud, settings)
-    with (
-        open_cloud(cloud, settings, station) as client,
-        live("asking both", len(parts), done=recorded(out)) as shown,
-    ):
-        outcome = run_parts(
-            parts,
-            AskAlways(judge),
-            settings,
-            cloud=client,
-            out=out,
-            command=sys.argv[1:],
-            progress=shown,
-            report=False,
-        )
+    opened = open_cloud(cloud, settings, station)
+    outcome = _run("asking both", parts, AskAlways(judge), settings, out, opened, report=False)
     if outcome.summary is None:
         tell_run(outcome, total=len(parts), json_=json_, skipped={})
         return
@@ -211,7 +217,30 @@ def labelled_parts(data: Path, station: Station, settings: Settings, product: st
     return parts
 
 
-def _mode(edge_only: bool, cloud_only: bool, random_ratio: float | None) -> str | None:
+def _run(
+    title: str,
+    parts: Sequence[Part],
+    judge: Judge,
+    settings: Settings,
+    out: Path,
+    opened: AbstractContextManager[CloudClient | None],
+    *,
+    arm: Arm | None = None,
+    report: bool = True,
+) -> Outcome:
+    """Run the parts, or a baseline's arm over them, with progress."""
+    from functools import partial
+
+    from saec.cli.live import live
+    from saec.evaluate.bench_table import run_arm
+    from saec.evaluate.runner import recorded, run_parts
+
+    run: Callable[..., Outcome] = run_parts if arm is None else partial(run_arm, arm)
+    with opened as client, live(title, len(parts), done=recorded(out)) as shown:
+        return run(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown, report=report)
+
+
+def _mode(edge_only: bool, cloud_only: bool, random_ratio: float | None, baseline: Baseline | None) -> str | None:
     chosen = [
         name
         for name, wanted in (
@@ -221,8 +250,8 @@ def _mode(edge_only: bool, cloud_only: bool, random_ratio: float | None) -> str 
         )
         if wanted
     ]
-    if len(chosen) > 1:
-        raise BadInput("choose one of --edge-only, --cloud-only and --random-ratio")
+    if len(chosen) + (baseline is not None) > 1:
+        raise BadInput("choose one of --edge-only, --cloud-only, --random-ratio and --baseline")
     return chosen[0] if chosen else None
 
 

@@ -6,6 +6,7 @@ Also the record of both arms on every part, from which any threshold can be trie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -79,16 +80,27 @@ COMPARED: Sequence[tuple[str, Callable[[Mapping[str, Any]], Cell]]] = (
 """Figures of a comparison and where they are in ``summary.json``."""
 
 
-class AskAlways:
-    """A station under which the cascade asks the cloud about every part, for the scene score and both opinions."""
+class Varied:
+    """A station with one thing changed, for a baseline or an ablation; all else is the station's own."""
 
-    def __init__(self, station: Station) -> None:
-        self._station = station
+    def __init__(
+        self,
+        station: Station,
+        marks: Mapping[str, str],
+        change: Callable[[Policy], Policy] = lambda policy: policy,
+        *,
+        fuses: bool = True,
+    ) -> None:
+        """``marks`` go into every verdict's models: a run folder never mixes these verdicts with the station's own.
+
+        ``change`` is made to every product's policy; without ``fuses`` the cloud's opinion replaces the edge's.
+        """
+        self._station, self._marks, self._change, self._fuses = station, dict(marks), change, fuses
 
     @property
     def models(self) -> Mapping[str, str]:
-        """The station's, marked: a run folder never mixes these verdicts with a cascade's."""
-        return {**self._station.models, "router": ASK_ALWAYS}
+        """The station's, marked."""
+        return {**self._station.models, **self._marks}
 
     @property
     def products(self) -> Sequence[str]:
@@ -105,12 +117,12 @@ class AskAlways:
         return self._station.predict(image, product)
 
     def policy(self, product: str) -> Policy:
-        """Return the station's thresholds with a band that contains every P(defect)."""
-        return Policy("cascade", replace(self._station.policy(product).thresholds, band_low=0.0, band_high=1.0))
+        """Return the station's policy with the change made."""
+        return self._change(self._station.policy(product))
 
     def fusion(self, product: str) -> Fusion | None:
-        """The station's."""
-        return self._station.fusion(product)
+        """The station's, or none."""
+        return self._station.fusion(product) if self._fuses else None
 
     def references(self, product: str) -> Sequence[Image]:
         """The station's."""
@@ -125,8 +137,22 @@ class AskAlways:
         return self._station.threshold(product)
 
     def with_route(self, route: RouteSettings) -> Self:
-        """Return the same: every part is asked about, whatever the mode."""
-        return self
+        """Return the same with the station under other routing settings."""
+        twin = copy(self)
+        twin._station = self._station.with_route(route)
+        return twin
+
+
+class AskAlways(Varied):
+    """A station under which the cascade asks the cloud about every part, for the scene score and both opinions."""
+
+    def __init__(self, station: Station) -> None:
+        """Put every P(defect) into the band, whatever the routing mode."""
+        super().__init__(station, {"router": ASK_ALWAYS}, _everything_in_band)
+
+
+def _everything_in_band(policy: Policy) -> Policy:
+    return replace(policy, mode="cascade", thresholds=replace(policy.thresholds, band_low=0.0, band_high=1.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ def summarise(
             "cpu_s": meter.cpu_s if meter else None,
             "gpu_utilisation": meter.gpu_utilisation if meter else None,
             "gpu_w": meter.gpu_w if meter else None,
+            "problems": list(meter.problems) if meter else [],
         },
         "models": dict(models if models is not None else _models(verdicts)),
         "calibration": dict(calibration or {}),
