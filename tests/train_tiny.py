@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -42,7 +41,7 @@ class TinyModel(nn.Module):
             max_position_embeddings=512,
             pad_token_id=PAD,
         )
-        self.config = SimpleNamespace(name_or_path="tiny", use_return_dict=True, model_type="tiny")
+        self.config = config
         self.vision_tower = nn.ModuleDict({"q_proj": nn.Linear(SIDE * SIDE, 16)})
         self.projector = nn.Linear(16, 32)
         self.language_model = LlamaForCausalLM(config)

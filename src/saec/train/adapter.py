@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from saec.errors import BadInput
 from saec.train.config import TrainSettings
 from saec.train.files import replace_folder, sync
-
-WEIGHTS = "adapter_model.safetensors"
+from saec.vlm.adapter import WEIGHTS, save_adapter, with_adapter
+from saec.vlm.load import Vlm
 
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|image_encoder)(\.|$)")
 """Names that the families give their vision towers."""
 
 
-def add_adapter(model: nn.Module, base_id: str, settings: TrainSettings) -> PeftModel:
+def add_adapter(base: Vlm, settings: TrainSettings) -> Vlm:
     """Wrap a model so that only LoRA and projector weights learn; they are float32, all else is frozen.
 
     Raises:
         BadInput: a pattern that matches nothing or touches the vision tower, or an adapter that does not fit.
     """
+    model = base.model
     lora_modules(model, settings.lora_targets)
-    projector = [projector_module(model, settings.projector)] if settings.train_projector else None
+    projector = projector_module(model, settings.projector) if settings.train_projector else None
+    if settings.adapter is not None:
+        with_adapter(base, Path(settings.adapter))  # refuses one that was made for another base or prompt
     torch.manual_seed(settings.seed)
     # No task type: the plain PeftModel passes all inputs through, whatever the model's forward takes.
     config = LoraConfig(
@@ -39,17 +41,16 @@ def add_adapter(model: nn.Module, base_id: str, settings: TrainSettings) -> Peft
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
-        modules_to_save=projector,
+        modules_to_save=projector and [projector],
     )
-    wrapped: PeftModel = get_peft_model(model, config)
-    config.base_model_name_or_path = base_id
+    wrapped = get_peft_model(model, config)
     if settings.gradient_checkpointing:
-        _checkpoint_activations(wrapped.get_base_model())
-    for name in projector or ():
-        _train_in_float32(wrapped.get_base_model().get_submodule(name).modules_to_save["default"])
+        _checkpoint_activations(model)
+    if projector is not None:
+        _train_in_float32(model.get_submodule(projector).modules_to_save["default"])
     if settings.adapter is not None:
-        load_adapter(wrapped, Path(settings.adapter))
-    return wrapped
+        _load(wrapped, Path(settings.adapter))
+    return replace(base, model=wrapped)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
@@ -136,8 +137,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write an ordinary PEFT adapter folder, atomically: ``adapter_config.json`` and ``adapter_model.safetensors``.
+def save_release(vlm: Vlm, folder: Path) -> None:
+    """Write the adapter folder that :func:`saec.vlm.load.load_vlm` takes, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written.
@@ -145,31 +146,15 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    # PeftModel.save_pretrained would ask the model hub about the embeddings, and add an empty model card.
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in sorted(weights.items())}
-    save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-    (beside / WEIGHTS).chmod(0o644)  # a service may run as another user
-    config = model.peft_config["default"]
-    learning, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(str(beside))
-    finally:
-        config.inference_mode = learning
+    save_adapter(vlm.model, beside, vlm)
+    (beside / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner, but a service may run as another user
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's model card, all of whose lines ask for more information
     sync(beside)
     replace_folder(beside, folder)
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a saved adapter into a wrapped model.
-
-    Raises:
-        BadInput: no adapter there, or one with other modules or another rank.
-    """
-    try:
-        weights: Mapping[str, torch.Tensor] = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot read the adapter ({error})", where=folder) from None
+def _load(model: PeftModel, folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     odd = sorted(own.keys() ^ weights.keys()) or [key for key in own if own[key].shape != weights[key].shape]
     if odd:
@@ -178,4 +163,4 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
             where=folder,
             fix="use the rank, targets and projector it was trained with",
         )
-    set_peft_model_state_dict(model, dict(weights))
+    set_peft_model_state_dict(model, weights)

@@ -31,6 +31,7 @@ from saec.train.leaks import check_leaks
 from saec.train.rows import Example, Row, epoch_plan, pose, read_rows
 from saec.train.schedule import rate, steps_of
 from saec.train.stop import Stop
+from saec.vlm.adapter import WEIGHTS
 from saec.vlm.load import Vlm, load_vlm
 
 
@@ -161,7 +162,7 @@ def train(
 def _prepare(
     settings: TrainSettings, out: Path, vlm: Vlm, train: Sequence[Row], val: Sequence[Row], watcher: Watcher
 ) -> _Run:
-    vlm = replace(vlm, model=adapter.add_adapter(vlm.model, vlm.base_id, settings))
+    vlm = adapter.add_adapter(vlm, settings)
     groups = adapter.parameter_groups(vlm.model, settings)
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     total = sum(steps_of(len(epoch_plan(train, settings, e)), settings) for e in range(settings.epochs))
@@ -255,8 +256,8 @@ def _evaluate(run: _Run, at: Position) -> None:
     p = evaluation.p_defects(run.vlm, run.val, run.prompt, run.settings.evaluate_batch)
     found = evaluation.figures(run.val, p)
     if all(_rank(found) > _rank(entry) for entry in former):
-        adapter.save_adapter(run.vlm.model, run.out / "best")
-    adapter.save_adapter(run.vlm.model, run.out / "last")
+        adapter.save_release(run.vlm, run.out / "best")
+    adapter.save_release(run.vlm, run.out / "last")
     seconds = round(time.monotonic() - started, 3)
     # Last: a line in this log means that the adapters are on the disk.
     append_line(run.out / record.EVALUATIONS, {"epoch": at.epoch, "step": at.step, **found, "seconds": seconds})
@@ -279,7 +280,7 @@ def _finish(run: _Run, at: Position) -> TrainResult:
         "version": __version__,
         "model": run.vlm.base_id,
         "release": run.settings.keep,
-        "adapter_sha256": sha256_file(release / adapter.WEIGHTS),
+        "adapter_sha256": sha256_file(release / WEIGHTS),
         "best_epoch": best["epoch"],
         "settings": run.settings.model_dump(mode="json"),
         "data": {"sha256": record.data_hashes(run.out), "n_train": len(run.train), "n_val": len(run.val)},

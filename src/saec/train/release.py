@@ -1,0 +1,144 @@
+"""What an adapter folder says about itself, and the folder of a release: the adapter, its record, the hashes of all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saec import __version__
+from saec.config import PromptSettings
+from saec.data.hashing import sha256_file
+from saec.data.manifest import write_atomic
+from saec.errors import BadInput
+from saec.train.config import TrainSettings, make_train_settings
+from saec.train.files import replace_folder, sync
+from saec.vlm.adapter import WEIGHTS
+from saec.vlm.registry import FileCheck, names
+
+RECORD = "parity.json"
+"""What a release says about itself: the gates it passed, and the SHA-256 of its files."""
+
+FORMAT = "saec-parity/1"
+
+_RUN = "train.json"
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        BadInput: a file is missing.
+    """
+    if not (folder / WEIGHTS).is_file() or not (folder / "adapter_config.json").is_file():
+        raise BadInput("no adapter here", where=folder, fix=f"it must hold adapter_config.json and {WEIGHTS}")
+
+
+def base_of(folder: Path) -> str:
+    """Return the base model that an adapter's training run names, or else its own configuration, if it can be found.
+
+    Raises:
+        BadInput: neither names a model that is known here.
+    """
+    settings = trained_with(folder)
+    named = None if settings is None else settings.model
+    if named is None:
+        named = str(_read(folder / "adapter_config.json").get("base_model_name_or_path"))
+    if named in names() or (Path(named) / "config.json").is_file():
+        return named
+    raise BadInput(f"the adapter's base {named} is not known here", where=folder, fix="pass --model NAME or FOLDER")
+
+
+def trained_with(folder: Path) -> TrainSettings | None:
+    """Return the settings of the training run that an adapter or a release comes from, where they lie with it."""
+    record = _run_record(folder)
+    return None if record is None else make_train_settings(_read(record)["settings"], where=str(record))
+
+
+def stated_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 that a release's record, or the training run, states of an adapter's files; maybe none."""
+    if (folder / RECORD).is_file():
+        found = _read(folder / RECORD)
+        if found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
+            raise BadInput("not the record of a release", where=folder / RECORD)
+        return {str(name): str(sha256) for name, sha256 in found["files"].items()}
+    record = _run_record(folder)
+    if record is not None and (run := _read(record))["release"] == folder.name:
+        return {WEIGHTS: str(run["adapter_sha256"])}
+    return {}
+
+
+def check_files(folder: Path) -> tuple[FileCheck, ...]:
+    """Hash an adapter's files and return each beside what is stated of it; what a release does not list is wrong.
+
+    Raises:
+        BadInput: the record is damaged.
+    """
+    stated = stated_hashes(folder)
+    found = {file.name: sha256_file(file) for file in _files(folder)}
+    extra = set(found) - set(stated) if (folder / RECORD).is_file() else set()
+    return tuple(
+        FileCheck(name, stated.get(name, "no such file"), found.get(name)) for name in sorted({*stated, *extra})
+    )
+
+
+def check_target(out: Path) -> None:
+    """Refuse a place where a release would replace something else.
+
+    Raises:
+        BadInput: it exists and is neither empty nor a release.
+    """
+    if out.exists() and not (out / RECORD).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadInput("this exists and is no release", where=out, fix="choose another folder")
+
+
+def write_release(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
+    """Copy an adapter and the record of its training to ``out``, with ``parity.json``; a former release goes.
+
+    Raises:
+        BadInput: it cannot be written; a former release stays.
+    """
+    beside = out.with_name(f".{out.name}.new")
+    record = _run_record(folder)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for file in (*_files(folder), *([record] if record else [])):
+            shutil.copyfile(file, beside / file.name)
+        hashes = {file.name: sha256_file(file) for file in _files(beside)}
+        tree = {"format": FORMAT, "version": __version__, **report, "files": hashes}
+        write_atomic(beside / RECORD, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+        sync(beside)
+        replace_folder(beside, out)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise BadInput("cannot write the release", where=out, fix=error.strerror or "check the disk") from None
+
+
+def prompt_of(folder: Path, served: PromptSettings) -> PromptSettings:
+    """Return how questions were put when the adapter was trained; as they are served where nobody says."""
+    settings = trained_with(folder)
+    if settings is None:
+        return served
+    return PromptSettings(max_side=settings.max_side, side_multiple=settings.side_multiple)
+
+
+def _run_record(folder: Path) -> Path | None:
+    """Return ``train.json`` of the run that wrote the adapter: beside it in a release, above it in a run's folder."""
+    return next((path for path in (folder / _RUN, folder.parent / _RUN) if path.is_file()), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BadInput(f"cannot read the record ({error})", where=file) from None
+    if not isinstance(found, dict):
+        raise BadInput("not a record", where=file)
+    return found
