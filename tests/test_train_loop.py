@@ -138,6 +138,7 @@ class Says(nn.Module):
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
+        self.dtype = torch.float32
         self.logits = nn.Parameter(logits)
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int, use_cache: bool) -> Any:
@@ -153,7 +154,7 @@ def test_the_loss_is_the_mean_over_each_answers_tokens_summed_over_the_examples(
     labels[0, 3:5] = ids[0, 3:5]  # an answer of two tokens, then padding
     labels[1, 3:6] = ids[1, 3:6]
     model = Says(logits)
-    loss = answer_loss(model, {"input_ids": ids, "labels": labels})
+    loss = answer_loss(Vlm(model, train_tiny.TinyEncoder(), "says"), {"input_ids": ids, "labels": labels})
     log_p = logits.log_softmax(-1)
     one = -(log_p[0, 2, ids[0, 3]] + log_p[0, 3, ids[0, 4]]) / 2
     other = -(log_p[1, 2, ids[1, 3]] + log_p[1, 3, ids[1, 4]] + log_p[1, 4, ids[1, 5]]) / 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def add_adapter(base: Vlm, settings: TrainSettings) -> Vlm:
         target_modules=settings.lora_targets,
         modules_to_save=projector and [projector],
     )
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT still asks for it
+        wrapped = get_peft_model(model, config)
     if settings.gradient_checkpointing:
         _checkpoint_activations(model)
     if projector is not None:
@@ -56,7 +59,7 @@ def add_adapter(base: Vlm, settings: TrainSettings) -> Vlm:
 def _checkpoint_activations(model: nn.Module) -> None:
     try:
         # Not re-entrant: that one wants gradients at the input, where nothing learns.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except (AttributeError, ValueError) as error:
         raise BadInput(
             f"{type(model).__name__} cannot compute activations twice ({error})", fix="set gradient_checkpointing=false"

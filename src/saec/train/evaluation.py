@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from saec.calibrate.metrics import accuracy, auroc, balanced_accuracy, confusion
 from saec.config import PromptSettings
 from saec.train.ahead import ahead, chunks
 from saec.train.rows import Example, Row, pose
-from saec.vlm.decide import p_defect
+from saec.vlm.decide import Asked, p_defect
+from saec.vlm.encode import Encoder, ProcessorEncoder
 from saec.vlm.load import Vlm
-from saec.vlm.prompt import Ask, Question
+from saec.vlm.prompt import Ask
 
 TAU = 0.5
 """P(defect) from which on accuracy counts a part as called defect."""
@@ -23,13 +22,13 @@ TAU = 0.5
 def p_defects(vlm: Vlm, rows: Sequence[Row], prompt: PromptSettings, batch: int) -> list[float]:
     """Return P(defect) of every row, in order; the model is left in evaluation mode."""
     vlm.model.eval()
-    jobs = (partial(_questions, chunk, prompt) for chunk in chunks(rows, batch))
-    with torch.inference_mode():
-        return [decision.p_defect for questions in ahead(jobs) for decision in p_defect(vlm, questions)]
+    jobs = (partial(_questions, vlm.encoder, chunk, prompt) for chunk in chunks(rows, batch))
+    return [decision.p_defect for questions in ahead(jobs) for decision in p_defect(vlm, questions)]
 
 
-def _questions(rows: Sequence[Row], prompt: PromptSettings) -> list[Question]:
-    return [pose(Example(row, Ask.LABEL, row.label), prompt)[0] for row in rows]
+def _questions(encoder: Encoder, rows: Sequence[Row], prompt: PromptSettings) -> list[Asked]:
+    questions = [pose(Example(row, Ask.LABEL, row.label), prompt)[0] for row in rows]
+    return [encoder.prepare(one) if isinstance(encoder, ProcessorEncoder) else one for one in questions]
 
 
 def figures(rows: Sequence[Row], p: Sequence[float]) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from saec.train.rows import Example, Row, epoch_plan, pose, read_rows
 from saec.train.schedule import rate, steps_of
 from saec.train.stop import Stop
 from saec.vlm.adapter import WEIGHTS
+from saec.vlm.encode import IGNORED
 from saec.vlm.load import Vlm, load_vlm
+from saec.vlm.run import on_device
 
 
 class Watcher(Protocol):
@@ -180,11 +182,12 @@ def _epoch(run: _Run, at: Position, stop: Stop) -> Position:
     settings = run.settings
     batches = chunks(epoch_plan(run.train, settings, at.epoch), settings.batch_size)
     steps = chunks(batches, settings.accumulation)[at.done :]
-    model, began, passed = run.vlm.model.train(), time.monotonic(), 0
+    run.vlm.model.train()
+    began, passed = time.monotonic(), 0
     with closing(ahead(partial(_encode, run, batch) for step in steps for batch in step)) as inputs:
         for step in steps:
             examples, started = sum(map(len, step)), time.monotonic()
-            loss = _step(run, model, (next(inputs) for _ in step), examples, at.step)
+            loss = _step(run, (next(inputs) for _ in step), examples, at.step)
             at = replace(at, step=at.step + 1, done=at.done + 1, seconds=at.seconds + time.monotonic() - started)
             entry = {"step": at.step, "epoch": at.epoch, "loss": loss, "lr": run.optimizer.param_groups[0]["lr"]}
             append_line(run.out / record.LOG, {**entry, "seconds": round(at.seconds, 3)})
@@ -205,11 +208,11 @@ def _encode(run: _Run, batch: Sequence[Example]) -> dict[str, Tensor]:
     return inputs
 
 
-def _step(run: _Run, model: nn.Module, inputs: Iterable[dict[str, Tensor]], examples: int, done: int) -> float:
+def _step(run: _Run, inputs: Iterable[dict[str, Tensor]], examples: int, done: int) -> float:
     """Take one step of the optimizer over the forward passes ``inputs``; return the mean loss of its examples."""
-    loss = torch.zeros((), device=_device(model))
+    loss = torch.zeros((), device=run.vlm.device)
     for batch in inputs:
-        part = answer_loss(model, batch) / examples
+        part = answer_loss(run.vlm, batch) / examples
         part.backward()
         loss += part.detach()
     value = float(loss)
@@ -223,27 +226,22 @@ def _step(run: _Run, model: nn.Module, inputs: Iterable[dict[str, Tensor]], exam
     return value
 
 
-def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def answer_loss(vlm: Vlm, batch: dict[str, Tensor]) -> Tensor:
     """Return the sum over a batch's examples of the mean cross-entropy of their answer tokens, a float32 scalar.
 
     ``batch`` is what :meth:`Encoder.encode` gives with answers. Only positions from the first answer on are put
     through the vocabulary: of a prompt of 1,000 tokens, the last few.
     """
-    device = _device(model)
-    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    targets = inputs.pop("labels")[:, 1:]  # the state before a token predicts it
-    asked = targets != -100
-    length = targets.shape[1] + 1
+    targets = batch["labels"][:, 1:]  # the state before a token predicts it
+    asked = targets != IGNORED
     first = int(asked.any(0).nonzero()[0])
-    logits = model(**inputs, logits_to_keep=length - first, use_cache=False).logits[:, :-1]
-    targets, asked = targets[:, first:], asked[:, first:]
+    kept = batch["labels"].shape[1] - first
+    inputs = on_device(vlm, {name: value for name, value in batch.items() if name != "labels"})
+    logits = vlm.model(**inputs, logits_to_keep=kept, use_cache=False).logits[:, :-1]
+    targets, asked = targets[:, first:].to(vlm.device), asked[:, first:].to(vlm.device)
     losses = nn.functional.cross_entropy(logits[asked].float(), targets[asked], reduction="none")
     weight = (asked / asked.sum(1, keepdim=True))[asked]
     return (losses * weight).sum()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _evaluate(run: _Run, at: Position) -> None:

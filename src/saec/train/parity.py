@@ -11,26 +11,25 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from saec.config import MllmSettings, PromptSettings, Settings
-from saec.errors import BadInput, GateFailed
+from saec.errors import BadInput
 from saec.train.ahead import chunks
+from saec.train.gates import Gate, Report, files_gate
 from saec.train.probe import made_rows, query_of
-from saec.train.release import base_of, check_adapter, check_files, check_target, prompt_of, write_release
+from saec.train.release import base_of, check_adapter, check_files, prompt_of
 from saec.train.rows import Example, Row, pose, read_rows
 from saec.types import Backend, Opinion, Query
 from saec.vlm.adapter import WEIGHTS
 from saec.vlm.decide import p_defect
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.prompt import Ask
-from saec.vlm.registry import FileCheck, names, verify_files
 
 LIMIT = 1e-3
 """Largest difference of P(defect) between two ways of asking the same model in float32."""
@@ -40,48 +39,6 @@ BATCH = 4
 
 Serve = Callable[[Settings], Backend]
 """Makes a backend ready to judge. The cloud's ``TransformersBackend``, which stands on the floor of this room."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One comparison: passed if ``measured`` is at most ``limit``; ``None``: it could not be made."""
-
-    name: str
-    limit: float
-    measured: float | None
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """True when the limit holds."""
-        return self.measured is not None and self.measured <= self.limit
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All gates of one adapter, or of one model without; ``n`` probe images."""
-
-    model: str
-    adapter: str | None
-    probe: str
-    n: int
-    gates: tuple[Gate, ...]
-
-    @property
-    def passed(self) -> bool:
-        """True when all gates are."""
-        return all(gate.passed for gate in self.gates)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
-        return {**asdict(self), "gates": gates, "passed": self.passed}
-
-    def require(self) -> None:
-        """Raise :class:`GateFailed` naming every gate that failed."""
-        failed = [gate for gate in self.gates if not gate.passed]
-        if failed:
-            raise GateFailed("; ".join(_words(gate) for gate in failed))
 
 
 def verify_adapter(
@@ -102,42 +59,26 @@ def verify_adapter(
     check_adapter(folder)
     name = model or base_of(folder)
     mllm = _exact(settings.mllm, name, folder)
-    gates = [_files_gate(name, check_files(folder))]
+    gates = [files_gate(name, check_files(folder))]
     with _rows(probe) as rows:
         if gates[0].passed:
             gates += _adapter_gates(folder, settings.model_copy(update={"mllm": mllm}), serve, rows, settings.mllm.tau)
         return Report(name, str(folder), _name_of(probe), len(rows), tuple(gates))
 
 
-def verify_model(name: str, settings: Settings, serve: Serve | None, *, probe: Path | None = None) -> Report:
-    """Hold a model without an adapter to the gates that concern it: its files, and with ``serve`` batches of any size.
+def verify_model(name: str, settings: Settings, serve: Serve, *, probe: Path | None = None) -> Report:
+    """Hold a model without an adapter to the gates that concern it: its files, and batches of any size.
 
     Raises:
         BadInput: unknown, not on this machine, or an unreadable probe.
     """
-    gates = [_files_gate(name, ())]
-    if serve is None or not gates[0].passed:
-        return Report(name, None, "", 0, tuple(gates))
+    intact = files_gate(name)
+    if not intact.passed:
+        return Report(name, None, "", 0, (intact,))
     changed = settings.model_copy(update={"mllm": _exact(settings.mllm, name, None)})
     with _rows(probe) as rows:
         alone, together = _served(changed, serve, rows)
-        return Report(name, None, _name_of(probe), len(rows), (*gates, _batch_gate(alone, together)))
-
-
-def release(
-    folder: Path, out: Path, settings: Settings, serve: Serve, *, model: str | None = None, probe: Path | None = None
-) -> Report:
-    """Copy an adapter to ``out`` with ``parity.json``, if it passes all gates; a former release there is replaced.
-
-    Raises:
-        GateFailed: it does not pass; nothing is written.
-        BadInput: as :func:`verify_adapter`, or ``out`` is something else or cannot be written.
-    """
-    check_target(out)
-    report = verify_adapter(folder, settings, serve, model=model, probe=probe)
-    report.require()
-    write_release(folder, out, report.to_json() | {"adapter": None})
-    return report
+        return Report(name, None, _name_of(probe), len(rows), (intact, _batch_gate(alone, together)))
 
 
 def _adapter_gates(folder: Path, settings: Settings, serve: Serve, rows: Sequence[Row], tau: float) -> list[Gate]:
@@ -165,7 +106,7 @@ def _adapter_gates(folder: Path, settings: Settings, serve: Serve, rows: Sequenc
 
 
 def as_trained(base: Vlm, folder: Path) -> Vlm:
-    """Return the base with an adapter as the training loop holds it, in evaluation mode. The base is wrapped in place."""
+    """Return the base with an adapter as the training loop holds it; the base is wrapped in place."""
     model = get_peft_model(base.model, PeftConfig.from_pretrained(str(folder)), autocast_adapter_dtype=False)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     return replace(base, model=model.eval())
@@ -226,17 +167,6 @@ def _batch_gate(alone: Sequence[float], together: Sequence[float]) -> Gate:
     return Gate("alone and in a batch: largest |ΔP|", LIMIT, _gap(alone, together))
 
 
-def _files_gate(model: str, adapter: Sequence[FileCheck]) -> Gate:
-    """Compare all hashes that somebody stated: of a model of the registry, of an adapter by its run or release."""
-    of_model = verify_files(model) if model in names() else ()
-    checks = (*of_model, *adapter)
-    wrong = [check for check in checks if not check.right]
-    notes = [f"{check.path} has sha256 {check.found}, {check.expected} was expected" for check in wrong]
-    if not checks:
-        notes = ["nobody states hashes of these files"]
-    return Gate("files with another hash than stated", 0, len(wrong), "; ".join(notes))
-
-
 def _exact(mllm: MllmSettings, model: str, adapter: Path | None) -> MllmSettings:
     """Return the settings of serving in float32, with P(defect) for every image and no evidence written."""
     exact = {"dtype": "float32", "four_bit": False, "ranking": False, "min_label_mass": 0.0, "tau": 1.0}
@@ -254,10 +184,3 @@ def _rows(probe: Path | None) -> Iterator[list[Row]]:
 
 def _name_of(probe: Path | None) -> str:
     return "made plates" if probe is None else str(probe)
-
-
-def _words(gate: Gate) -> str:
-    measured = (
-        "could not be measured" if gate.measured is None else f"{gate.measured:.4g}, at most {gate.limit:g} allowed"
-    )
-    return f"{gate.name}: {measured}" + (f" ({gate.note})" if gate.note else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.train.config import TrainSettings, make_train_settings
 from saec.train.files import replace_folder, sync
+from saec.train.gates import Report
 from saec.vlm.adapter import WEIGHTS
 from saec.vlm.registry import FileCheck, names
 
@@ -94,12 +94,15 @@ def check_target(out: Path) -> None:
         raise BadInput("this exists and is no release", where=out, fix="choose another folder")
 
 
-def write_release(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
-    """Copy an adapter and the record of its training to ``out``, with ``parity.json``; a former release goes.
+def release(folder: Path, out: Path, report: Report) -> None:
+    """Copy an adapter and the record of its training to ``out``, with ``parity.json``; a former release there goes.
 
     Raises:
-        BadInput: it cannot be written; a former release stays.
+        GateFailed: the report names a gate that the adapter did not pass; nothing is written.
+        BadInput: ``out`` is something else or cannot be written; a former release stays.
     """
+    report.require()
+    check_target(out)
     beside = out.with_name(f".{out.name}.new")
     record = _run_record(folder)
     try:
@@ -108,7 +111,7 @@ def write_release(folder: Path, out: Path, report: Mapping[str, Any]) -> None:
         for file in (*_files(folder), *([record] if record else [])):
             shutil.copyfile(file, beside / file.name)
         hashes = {file.name: sha256_file(file) for file in _files(beside)}
-        tree = {"format": FORMAT, "version": __version__, **report, "files": hashes}
+        tree = {"format": FORMAT, "version": __version__, **report.to_json(), "adapter": None, "files": hashes}
         write_atomic(beside / RECORD, json.dumps(tree, indent=1, allow_nan=False) + "\n")
         sync(beside)
         replace_folder(beside, out)
