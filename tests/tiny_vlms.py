@@ -9,14 +9,21 @@ All widths are multiples of 64, as NF4 wants them. The files are named as in the
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as T
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from saec.config import MllmSettings
 from saec.vlm import prompt
+from saec.vlm.adapter import save_adapter
+from saec.vlm.load import load_vlm
+
+T.utils.logging.disable_progress_bar()
 
 FAMILIES = ("qwen2.5-vl", "qwen3-vl", "llava", "smolvlm")
 """Not FastVLM: its vision tower comes from timm, which needs torchvision."""
@@ -75,6 +82,21 @@ def save_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
     image_processor = processor.pop("image_processor")
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor | processor, indent=1))
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+    return folder
+
+
+def save_tiny_adapter(base: Path, folder: Path, *, seed: int = 1, strength: float = 0.3, **lora: Any) -> Path:
+    """Write a random LoRA adapter on the language model of the checkpoint ``base`` into ``folder`` and return it."""
+    vlm = load_vlm(MllmSettings(model=str(base), dtype="float32"))
+    targets = r".*(language_model|text_model).*\.(q_proj|v_proj)"
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+        torch.manual_seed(seed)
+        model = get_peft_model(vlm.model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora}))
+        for name, values in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(values, std=strength)
+    save_adapter(model, folder, vlm)
     return folder
 
 

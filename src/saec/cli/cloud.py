@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saec.cli.options import EXPERT, ConfigOption, JsonOption, SetOption, settings_of
+from saec.cli.options import EXPERT, ConfigOption, JsonOption, SetOption, mllm_backend, settings_of
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
@@ -23,16 +23,30 @@ class Kind(StrEnum):
 
     EXPERT = "expert"
     OPENAI = "openai"
+    TRANSFORMERS = "transformers"
 
 
 @app.command()
 def serve(
     backend: Annotated[
-        Kind, typer.Option(help="The station's expert, or an OpenAI-compatible endpoint such as vLLM or SGLang.")
+        Kind,
+        typer.Option(
+            help="The station's expert, an OpenAI-compatible endpoint such as vLLM or SGLang, or a multimodal LLM in "
+            "this process."
+        ),
     ] = Kind.EXPERT,
     station: Annotated[
         Path | None,
         typer.Option("--station", "-s", metavar="DIR", help="Station whose expert answers.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR", help="Model of --backend transformers: see saec models list.", show_default=False
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LoRA adapter for that model.", show_default=False)
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default=False)] = None,
@@ -56,7 +70,10 @@ def serve(
     from saec.cli.console import console
     from saec.cloud import service
 
-    settings = settings_of(config, set_, serve__host=host, serve__port=port)
+    if backend is not Kind.TRANSFORMERS and (model or adapter):
+        raise BadInput("--model and --adapter belong to --backend transformers")
+    dials = {"mllm__model": model, "mllm__adapter": adapter}
+    settings = settings_of(config, set_, serve__host=host, serve__port=port, **dials)
     if token_file is not None:
         update = {"token": _token(token_file)}
         settings = settings.model_copy(update={"serve": settings.serve.model_copy(update=update)})
@@ -100,8 +117,10 @@ def _backend(kind: Kind, station: Path | None, settings: Settings) -> Backend:
         from saec.cloud.openai import OpenAIBackend
 
         return OpenAIBackend(settings.openai)
+    if kind is Kind.TRANSFORMERS:
+        return mllm_backend(settings)
     if station is None:
-        raise BadInput("the expert needs its station", fix="pass --station, or --backend openai")
+        raise BadInput("the expert needs its station", fix="pass --station, or --backend openai or transformers")
     if not (station / EXPERT).is_dir():
         raise BadInput("the station has no expert model", where=station, fix="fit it with saec fit --expert")
     from saec.cloud.expert import ExpertBackend

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saec.config import Settings
     from saec.data.dataset import Dataset
     from saec.edge.station import Station
-    from saec.types import CloudClient, Part
+    from saec.types import Backend, CloudClient, Part
 
 StationOption = Annotated[
     Path, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
@@ -28,8 +28,9 @@ CloudOption = Annotated[
     str | None,
     typer.Option(
         "--cloud",
-        metavar="URL|embedded|off",
-        help="Who is asked about escalated parts: a service, the station's expert in this process, or nobody. "
+        metavar="URL|embedded|mllm|off",
+        help="Who is asked about escalated parts: a service, the station's expert or the multimodal LLM of the "
+        "settings (mllm) in this process, or nobody. "
         "Default: cloud.url of the settings, else nobody.",
         show_default=False,
     ),
@@ -89,7 +90,11 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
         yield None
         return
     client: CloudClient
-    if choice == "embedded":
+    if choice == "mllm":
+        from saec.cloud.embedded import EmbeddedClient
+
+        client = EmbeddedClient(mllm_backend(settings), max_batch=settings.serve.max_batch)
+    elif choice == "embedded":
         from saec.cloud.embedded import EmbeddedClient
         from saec.cloud.expert import ExpertBackend
 
@@ -106,6 +111,19 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
         yield client
     finally:
         client.close()
+
+
+def mllm_backend(settings: Settings) -> Backend:
+    """Return the multimodal LLM of the settings; it is loaded by its warm-up.
+
+    Raises:
+        BadInput: the extra that it needs is not installed.
+    """
+    try:
+        from saec.cloud.transformers import TransformersBackend
+    except ModuleNotFoundError as error:
+        raise BadInput(f"a multimodal LLM needs {error.name}", fix="pip install 'saec[cloud]'") from None
+    return TransformersBackend(settings)
 
 
 def read_parts(images: Sequence[Path], settings: Settings, products: Sequence[str], product: str | None) -> list[Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from saec.types import Backend
+from saec.types import Backend, Query
 
 
 @runtime_checkable
@@ -20,3 +20,17 @@ def warm_up(backend: Backend) -> None:
     """Run the backend's warm-up, where it has one."""
     if isinstance(backend, WarmsUp):
         backend.warm_up()
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A backend that can begin with a question in threads of its own before its batch's turn has come."""
+
+    def prepare(self, query: Query) -> Query:
+        """Return at once what to hand to ``judge`` in the query's place. Thread-safe."""
+        ...
+
+
+def prepared(backend: Backend, query: Query) -> Query:
+    """Let the backend begin with the query, where it can."""
+    return backend.prepare(query) if isinstance(backend, Prepares) else query

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from saec.cloud import wire
-from saec.cloud.backend import warm_up
+from saec.cloud.backend import prepared, warm_up
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 
@@ -45,7 +45,7 @@ class EmbeddedClient:
                 backend itself raises as :class:`CloudError` is passed on.
         """
         now = time.monotonic()
-        entry = _Waiting(query, now + deadline_s, now)
+        entry = _Waiting(prepared(self._backend, query), now + deadline_s, now)
         with self._lock:
             self._waiting.append(entry)
         try:

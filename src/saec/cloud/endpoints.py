@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from saec import __version__
 from saec.cloud import wire
-from saec.cloud.backend import warm_up
+from saec.cloud.backend import prepared, warm_up
 from saec.cloud.batcher import Batcher, Draining, Expired, Overloaded, WorkFailed
 from saec.cloud.body import Body, ClientGone, TooLarge
 from saec.cloud.metrics import Metrics
@@ -135,7 +135,7 @@ class Endpoints:
             async with asyncio.timeout(deadline - arrived):
                 data = await body.read(self._settings.max_body_bytes, request.headers.get("content-length"))
                 received = time.monotonic()
-                query = await self._decode(data)
+                query = prepared(self._backend, await self._decode(data))
             decoded = time.monotonic()
             answered = await body.unless_gone(self.batcher.submit(query, deadline=deadline))
         stages = {

@@ -42,6 +42,7 @@ def with_adapter(base: Vlm, folder: Path) -> Vlm:
         with warnings.catch_warnings():
             # PEFT only warns of weights that are missing; all of them are compared below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             model = PeftModel.from_pretrained(_sharing_weights(base.model), folder, autocast_adapter_dtype=False)
         saved = load_file(folder / WEIGHTS)
     except LOADING as error:
@@ -49,7 +50,7 @@ def with_adapter(base: Vlm, folder: Path) -> Vlm:
         raise BadInput(what, where=folder, fix="use the adapter with the base it was trained on") from error
     _check_weights(model, saved, base, folder)
     adapter_id = f"adapter:{sha256_file(folder / WEIGHTS)[:8]}"
-    return Vlm(model.eval(), base.encoder, base.base_id, adapter_id, base.fingerprint)
+    return Vlm(model.eval(), base.encoder, base.base_id, adapter_id, base.fingerprint, base)
 
 
 def save_adapter(model: Any, folder: Path, base: Vlm) -> None:
@@ -66,20 +67,27 @@ def save_adapter(model: Any, folder: Path, base: Vlm) -> None:
 
 
 def _check_origin(base: Vlm, folder: Path) -> None:
-    """Compare with what we wrote beside our own adapters; those of others are held to their weights' shapes alone."""
+    """Compare with what PEFT, and for adapters of our own also we, wrote about the base beside the weights."""
     try:
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-        theirs, name, prompt = origin["fingerprint"], origin["base"], origin["prompt"]
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"the adapter's {ORIGIN} is damaged ({error})", where=folder) from None
-    if theirs != base.fingerprint:
-        what = f"the adapter was made for another base ({name}), not for this {base.base_id}"
+        made_for = (_read_json(folder / "adapter_config.json").get("auto_mapping") or {}).get("base_model_class")
+        own = (folder / ORIGIN).is_file()
+        origin = _read_json(folder / ORIGIN) if own else {}
+        theirs, prompt = (origin["fingerprint"], origin["prompt"]) if own else (base.fingerprint, VERSION)
+    except (OSError, UnicodeDecodeError, ValueError, AttributeError, KeyError) as error:
+        raise BadInput(f"the adapter is damaged ({error})", where=folder) from None
+    if theirs != base.fingerprint or made_for not in (None, type(base.model).__name__):
+        what = f"the adapter was made for another base ({origin.get('base', made_for)}), not for this {base.base_id}"
         raise BadInput(what, where=folder, fix="use it with the checkpoint it was trained on")
     if prompt != VERSION:
         what = f"the adapter was trained with prompt {prompt}, this version asks {VERSION}"
         raise BadInput(what, where=folder, fix="train it again")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file.name} holds no object")
+    return tree
 
 
 def _check_weights(model: Any, saved: dict[str, torch.Tensor], base: Vlm, folder: Path) -> None:

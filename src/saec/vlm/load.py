@@ -34,7 +34,8 @@ LOADING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeErro
 class Vlm:
     """A model that can be asked. ``model`` is in evaluation mode; ``fingerprint`` tells base checkpoints apart.
 
-    ``adapter_id`` is ``adapter:`` and the beginning of the SHA-256 of the adapter's weights, or ``None``.
+    ``adapter_id`` is ``adapter:`` and the beginning of the SHA-256 of the adapter's weights, or ``None``; ``base`` is
+    then the model without the adapter, where it shares its weights with this one.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Vlm:
     base_id: str
     adapter_id: str | None = None
     fingerprint: str = ""
+    base: Vlm | None = None
 
     @property
     def model_id(self) -> str:
@@ -143,12 +145,12 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
-def _dtype(settings: MllmSettings, device: torch.device) -> torch.dtype | str:
+def _dtype(settings: MllmSettings, device: torch.device) -> str:
     if settings.dtype != "auto":
-        return torch.dtype(getattr(torch, settings.dtype))
+        return settings.dtype
     if settings.four_bit:
-        return torch.bfloat16
-    return torch.float32 if device.type == "cpu" else "auto"
+        return "bfloat16"
+    return "float32" if device.type == "cpu" else "auto"
 
 
 def _keep_nf4_layout(model: Any) -> None:

@@ -1,0 +1,205 @@
+"""The ``transformers`` backend: a multimodal LLM in this process, one implementation for every model class.
+
+One batched forward pass decides; parts whose P(defect) reaches ``tau`` are asked a second time, for boxes, kind and a
+sentence. Failing to get evidence never changes the verdict: it is said in ``Evidence.text``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from saec.cloud.ahead import Ahead
+from saec.config import Settings
+from saec.types import CloudError, Evidence, Opinion, Query, Reason
+from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
+from saec.vlm.decide import Asked, Decision, five_crops, generate_evidence, p_defect, rank
+from saec.vlm.encode import ProcessorEncoder
+from saec.vlm.load import Vlm, load_vlm
+from saec.vlm.prefix import PrefixCache
+from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
+
+logger = logging.getLogger(__name__)
+
+_RANKED = "+rank"
+"""In the model id when five crops decide: another P(defect) to whoever calibrated on it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """A query as the model will be asked: the question, and its views as far as they can be encoded beforehand."""
+
+    question: Question
+    views: tuple[Asked, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Serving:
+    """The model that answers now. Replaced as a whole, so that a batch is judged by one adapter from end to end."""
+
+    vlm: Vlm
+    prefixes: PrefixCache
+    model_id: str
+
+    @property
+    def base(self) -> Vlm | None:
+        """The model without an adapter, where it is in memory."""
+        return self.vlm if self.vlm.adapter_id is None else self.vlm.base
+
+
+class TransformersBackend:
+    """Judges parts with the model of ``settings.mllm``.
+
+    ``model_id`` names base, adapter and prompt, such as ``qwen2.5-vl-7b+adapter:1a2b3c4d+p2``, and each opinion the one
+    that made it. ``Opinion.diagnostics`` holds ``label_mass``, the probability of the tokens 0 and 1 together. A part
+    whose image cannot be used fails alone. The weights are loaded by :meth:`warm_up`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.mllm
+        self.model_id = settings.mllm.model
+        self._serving: _Serving | None = None
+        self._swapping = threading.Lock()
+        self._ahead: Ahead[_Ready] = Ahead(
+            self._make_ready, threads=self._settings.workers, ahead=2 * settings.serve.max_batch
+        )
+
+    def warm_up(self) -> None:
+        """Load the model and its adapter, and ask it once.
+
+        Raises:
+            BadInput: a model or an adapter that cannot be used.
+        """
+        self.swap_adapter(self._settings.adapter)
+
+    def swap_adapter(self, folder: Path | None) -> None:
+        """Answer with another adapter, or with none, from the next batch on; callable from any thread.
+
+        The new one is loaded and tried beside the one at work, which goes on alone if this fails.
+
+        Raises:
+            BadInput: an adapter that does not fit the model.
+        """
+        with self._swapping:
+            wanted = self._settings.model_copy(update={"adapter": folder})
+            vlm = load_vlm(wanted, base=None if self._serving is None else self._serving.base)
+            model_id = vlm.model_id + (_RANKED if self._settings.ranking else "")
+            p_defect(vlm, [build_question(_probe(), Ask.LABEL, self._settings)])
+            self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id)
+            self.model_id = model_id
+
+    def prepare(self, query: Query) -> Query:
+        """Begin to resize and encode a query that waits for its batch."""
+        return self._ahead.put(query)
+
+    def judge(self, queries: Sequence[Query]) -> list[Opinion | Exception]:
+        """Return an opinion on each query, or what is wrong with it, in order."""
+        serving = self._at_work()
+        begun = time.monotonic()
+        answers: list[Opinion | Exception | None] = [None] * len(queries)
+        ready: dict[int, _Ready] = {}
+        for place, future in enumerate(self._ahead.take(queries)):
+            result = _result(future)
+            if isinstance(result, Exception):
+                answers[place] = result
+            else:
+                ready[place] = result
+        waited = time.monotonic()
+        decisions = dict(zip(ready, self._decide(serving, list(ready.values())), strict=True))
+        decided = time.monotonic()
+        evidence = self._evidence(serving, queries, ready, decisions)
+        asked = time.monotonic()
+        for place, decision in decisions.items():
+            timing_ms = {"prepare": ready[place].seconds * 1e3, "wait": (waited - begun) * 1e3}
+            timing_ms["label"] = (decided - waited) * 1e3
+            if place in evidence:
+                timing_ms["evidence"] = (asked - decided) * 1e3
+            answers[place] = self._opinion(serving, decision, evidence.get(place), timing_ms)
+        return [answer for answer in answers if answer is not None]
+
+    def close(self) -> None:
+        """Stop the threads and let go of the model."""
+        self._ahead.close()
+        self._serving = None
+
+    def _at_work(self) -> _Serving:
+        if self._serving is None:
+            raise RuntimeError("the model is not loaded: call warm_up() first")
+        return self._serving
+
+    def _make_ready(self, query: Query) -> _Ready:
+        begun = time.monotonic()
+        encoder = self._at_work().vlm.encoder
+        question = build_question(query, Ask.LABEL, self._settings)
+        views: tuple[Asked, ...] = (question,)
+        if self._settings.ranking:
+            views = five_crops(question, self._settings.crop_side)
+        if isinstance(encoder, ProcessorEncoder):
+            views = tuple(encoder.prepare(view) for view in views if isinstance(view, Question))
+        return _Ready(question, views, time.monotonic() - begun)
+
+    def _decide(self, serving: _Serving, ready: Sequence[_Ready]) -> list[Decision]:
+        if not ready:
+            return []
+        if self._settings.ranking:
+            return rank(serving.vlm, [one.views for one in ready], prefixes=serving.prefixes)
+        return p_defect(serving.vlm, [one.views[0] for one in ready], prefixes=serving.prefixes)
+
+    def _evidence(
+        self, serving: _Serving, queries: Sequence[Query], ready: dict[int, _Ready], decisions: dict[int, Decision]
+    ) -> dict[int, Evidence]:
+        """Return evidence for the defects among the decisions, or the record of why there is none."""
+        places = [place for place, decision in decisions.items() if self._is_defect(decision)]
+        if not places:
+            return {}
+        source = serving.model_id
+        questions = [ask_evidence(ready[place].question) for place in places]
+        try:
+            texts = generate_evidence(serving.vlm, questions, max_tokens=self._settings.evidence_tokens)
+        except Exception as error:  # whatever a model throws here, the verdicts stand
+            logger.exception("no evidence for %d parts", len(places))
+            return dict.fromkeys(places, no_evidence(error, source=source))
+        found = {}
+        for place, question, text in zip(places, questions, texts, strict=True):
+            try:
+                found[place] = read_evidence(text, question.seen, queries[place], source=source)
+            except UnusableAnswer as error:
+                found[place] = no_evidence(error, source=source)
+        return found
+
+    def _is_defect(self, decision: Decision) -> bool:
+        return decision.mass >= self._settings.min_label_mass and decision.p_defect >= self._settings.tau
+
+    def _opinion(
+        self, serving: _Serving, decision: Decision, evidence: Evidence | None, timing_ms: dict[str, float]
+    ) -> Opinion | Exception:
+        if decision.mass < self._settings.min_label_mass:
+            what = f"{serving.model_id}: 0 and 1 have only {decision.mass:.2g} of the probability"
+            return CloudError(Reason.CLOUD_BAD_ANSWER, what)
+        return Opinion(
+            decision.p_defect,
+            evidence or Evidence(source=serving.model_id),
+            serving.model_id,
+            timing_ms,
+            diagnostics={"label_mass": decision.mass},
+        )
+
+
+def _result(future: Future[_Ready]) -> _Ready | Exception:
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
+        return error
+
+
+def _probe() -> Query:
+    image = np.full((64, 64, 3), 127, np.uint8)
+    return Query("probe", "probe", image, (64, 64))
