@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saec.cli.options import JsonOption
+from saec.cli.options import ConfigOption, JsonOption, SetOption
 
 if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.evaluate.table import Table
+    from saec.train.gates import Report
+    from saec.types import Backend
     from saec.vlm.gather import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Multimodal LLMs: list, pull, verify.")
@@ -91,6 +95,128 @@ def pull(
         )
     else:
         say_path(f"{name} lies in", files.folder)
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        str, typer.Argument(metavar="NAME|FOLDER", help="A model on this machine, or the folder of an adapter.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help="Base of the adapter, if not the one it names.", show_default=False),
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Fine-tuning rows to compare on; else made plates.", show_default=False
+        ),
+    ] = None,
+    release: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="If all gates pass, copy the adapter here with their record.", show_default=False
+        ),
+    ] = None,
+    files: Annotated[bool, typer.Option("--files", help="Compare hashes only; no model is loaded.")] = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Hold a model to its hashes, and an adapter to its parity gates; exit code 1 if one fails.
+
+    The gates ask in float32: the model as it was trained, as it is served, alone and in a batch, with the adapter
+    merged and not. All must give the same P(defect).
+    """
+    from saec.cli.console import print_json, print_tables, say_path
+    from saec.cli.options import settings_of
+    from saec.errors import BadInput
+
+    settings = settings_of(config, set_)
+    adapter, model = _adapter_of(target, model)
+    if release is not None and (files or adapter is None):
+        raise BadInput("only an adapter that passes all gates is released", where=target, fix="pass its folder")
+    if release is not None:
+        from saec.train.release import check_target
+
+        check_target(release)
+    report = _hashes(target, adapter, model) if files else _parity(target, adapter, settings, model, probe)
+    if json_:
+        print_json(report.to_json())
+    else:
+        print_tables(_table(report))
+    report.require()
+    if release is not None and adapter is not None:
+        from saec.train.release import release as write
+
+        write(adapter, release, report)
+        if not json_:
+            say_path("Released to", release)
+
+
+def _adapter_of(target: str, model: str | None) -> tuple[Path | None, str | None]:
+    """Return the adapter that is meant and its base: a folder, or the one that ships with a model of the registry."""
+    from saec.vlm import registry
+
+    if (Path(target) / "adapter_config.json").is_file():
+        return Path(target), model
+    if target in registry.names() and registry.entry(target).family == "loupe":
+        shipped = Path(registry.__file__).parent / "loupe" / "adapter"
+        return (shipped if shipped.is_dir() else None), target
+    return None, model
+
+
+def _hashes(target: str, adapter: Path | None, model: str | None) -> Report:
+    from saec.train.gates import Report, files_gate
+
+    if adapter is None:
+        return Report(target, None, "", 0, (files_gate(target),))
+    from saec.train.release import base_of, check_files
+
+    base = model or base_of(adapter)
+    return Report(base, str(adapter), "", 0, (files_gate(base, check_files(adapter)),))
+
+
+def _parity(target: str, adapter: Path | None, settings: Settings, model: str | None, probe: Path | None) -> Report:
+    from saec.cli.console import steps
+    from saec.errors import BadInput
+
+    try:
+        from saec.train.parity import verify_adapter, verify_model
+    except ModuleNotFoundError as error:
+        raise BadInput(f"parity gates need {error.name}", fix="pip install 'saec[cloud]', or pass --files") from None
+
+    with steps() as progress:
+        progress.add_task("comparing answers", total=None)
+        if adapter is None:
+            return verify_model(target, settings, _serve, probe=probe)
+        return verify_adapter(adapter, settings, _serve, model=model, probe=probe)
+
+
+def _serve(settings: Settings) -> Backend:
+    from saec.cli.options import mllm_backend
+    from saec.cloud.backend import warm_up
+
+    backend = mllm_backend(settings)
+    warm_up(backend)
+    return backend
+
+
+def _table(report: Report) -> Table:
+    from saec.evaluate.table import Cell, Table
+
+    rows: list[Mapping[str, Cell]] = [
+        {
+            "gate": gate.name,
+            "allowed": f"≤ {gate.limit:g}",
+            "measured": gate.measured,
+            "passed": "yes" if gate.passed else "no",
+        }
+        for gate in report.gates
+    ]
+    notes = [f"{gate.name}: {gate.note}" for gate in report.gates if gate.note]
+    notes += [f"compared on {report.n} images: {report.probe}"] if report.n else []
+    return Table(f"Gates of {report.adapter or report.model}", ("gate", "allowed", "measured", "passed"), rows, notes)
 
 
 @contextmanager

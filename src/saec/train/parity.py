@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,7 +108,11 @@ def _adapter_gates(folder: Path, settings: Settings, serve: Serve, rows: Sequenc
 
 def as_trained(base: Vlm, folder: Path) -> Vlm:
     """Return the base with an adapter as the training loop holds it; the base is wrapped in place."""
-    model = get_peft_model(base.model, PeftConfig.from_pretrained(str(folder)), autocast_adapter_dtype=False)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # PEFT would warn that the base lies elsewhere than when it was trained
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT still asks for it
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     return replace(base, model=model.eval())
 

@@ -54,34 +54,30 @@ def base_of(folder: Path) -> str:
 def trained_with(folder: Path) -> TrainSettings | None:
     """Return the settings of the training run that an adapter or a release comes from, where they lie with it."""
     record = _run_record(folder)
-    return None if record is None else make_train_settings(_read(record)["settings"], where=str(record))
+    return None if record is None else make_train_settings(_read(record).get("settings", {}), where=str(record))
 
 
-def stated_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 that a release's record, or the training run, states of an adapter's files; maybe none."""
+def check_files(folder: Path) -> tuple[FileCheck, ...]:
+    """Hash the files of which a release's record, or the training run, states a SHA-256; maybe none.
+
+    Raises:
+        BadInput: the record is damaged.
+    """
+    stated = _stated_hashes(folder)
+    found = {file.name: sha256_file(file) for file in _files(folder) if file.name in stated}
+    return tuple(FileCheck(name, sha256, found.get(name)) for name, sha256 in stated.items())
+
+
+def _stated_hashes(folder: Path) -> dict[str, str]:
     if (folder / RECORD).is_file():
         found = _read(folder / RECORD)
         if found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
             raise BadInput("not the record of a release", where=folder / RECORD)
         return {str(name): str(sha256) for name, sha256 in found["files"].items()}
     record = _run_record(folder)
-    if record is not None and (run := _read(record))["release"] == folder.name:
-        return {WEIGHTS: str(run["adapter_sha256"])}
+    if record is not None and (run := _read(record)).get("release") == folder.name:
+        return {WEIGHTS: str(run.get("adapter_sha256"))}
     return {}
-
-
-def check_files(folder: Path) -> tuple[FileCheck, ...]:
-    """Hash an adapter's files and return each beside what is stated of it; what a release does not list is wrong.
-
-    Raises:
-        BadInput: the record is damaged.
-    """
-    stated = stated_hashes(folder)
-    found = {file.name: sha256_file(file) for file in _files(folder)}
-    extra = set(found) - set(stated) if (folder / RECORD).is_file() else set()
-    return tuple(
-        FileCheck(name, stated.get(name, "no such file"), found.get(name)) for name in sorted({*stated, *extra})
-    )
 
 
 def check_target(out: Path) -> None:
@@ -111,7 +107,9 @@ def release(folder: Path, out: Path, report: Report) -> None:
         for file in (*_files(folder), *([record] if record else [])):
             shutil.copyfile(file, beside / file.name)
         hashes = {file.name: sha256_file(file) for file in _files(beside)}
-        tree = {"format": FORMAT, "version": __version__, **report.to_json(), "adapter": None, "files": hashes}
+        # Names, not paths: a release says nothing about the machine that it was made on.
+        about = report.to_json() | {"model": Path(report.model).name, "adapter": None, "probe": Path(report.probe).name}
+        tree = {"format": FORMAT, "version": __version__, **about, "files": hashes}
         write_atomic(beside / RECORD, json.dumps(tree, indent=1, allow_nan=False) + "\n")
         sync(beside)
         replace_folder(beside, out)
