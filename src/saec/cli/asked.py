@@ -25,14 +25,6 @@ QWEN, LLAVA = "qwen2.5-vl-7b", "llava-1.5-7b"
 """Names in the model registry."""
 
 
-class Kind(StrEnum):
-    """Whose model answers in this process."""
-
-    EXPERT = "expert"
-    TRANSFORMERS = "transformers"
-    OPENAI = "openai"
-
-
 class Baseline(StrEnum):
     """What the SAEC paper compares with."""
 
@@ -41,15 +33,6 @@ class Baseline(StrEnum):
     YOLO = "yolo-cls"
 
 
-BackendOption = Annotated[
-    Kind | None,
-    typer.Option(
-        "--backend",
-        help="Ask in this process: the station's expert, the multimodal LLM of the settings (mllm.*), or an "
-        "OpenAI-compatible endpoint (openai.*).",
-        show_default=False,
-    ),
-]
 ClassifierOption = Annotated[
     Path | None,
     typer.Option(
@@ -63,16 +46,9 @@ SideOption = Annotated[int, typer.Option("--side", metavar="PIXELS", help="Side 
 
 
 def baseline_arm(
-    which: Baseline,
-    settings: Settings,
-    station: Path,
-    *,
-    cloud: str | None,
-    backend: Kind | None,
-    file: Path | None,
-    side: int,
+    which: Baseline, settings: Settings, station: Path, *, cloud: str | None, file: Path | None, side: int
 ) -> Arm:
-    """Return a baseline: qwen-zero-shot asks ``cloud`` or ``backend``, yolo-cls is the classifier in ``file``.
+    """Return a baseline: qwen-zero-shot asks ``cloud``, yolo-cls is the classifier in ``file``.
 
     Raises:
         BadInput: ``cloud`` cannot be asked, or the file is no classifier.
@@ -85,12 +61,11 @@ def baseline_arm(
         case Baseline.LLAVA:
             return zero_shot_arm(which.value, llava(settings))
         case Baseline.QWEN:
-            if cloud == "off" or backend is Kind.EXPERT or (backend is not None and cloud not in (None, "embedded")):
-                given = " ".join(str(choice) for choice in (cloud, backend) if choice is not None)
-                fix = "pass --cloud URL, --backend openai, or --backend transformers"
-                raise BadInput("this baseline asks one multimodal LLM", where=given, fix=fix)
-            url = None if cloud == "embedded" else cloud
-            return zero_shot_arm(which.value, untuned(url, backend, settings, station))
+            if cloud in ("off", "embedded"):
+                fix = "pass --cloud URL, --cloud openai, or --cloud mllm"
+                raise BadInput("this baseline asks a multimodal LLM", where=f"--cloud {cloud}", fix=fix)
+            name = None if cloud in ("openai", "mllm") else cloud
+            return zero_shot_arm(which.value, untuned(name, cloud, settings, station))
 
 
 def table_of(
@@ -98,7 +73,6 @@ def table_of(
     station: Path,
     *,
     cloud: str | None,
-    backend: Kind | None,
     zero_shot: str | None,
     baselines: Sequence[Baseline],
     file: Path | None,
@@ -112,53 +86,52 @@ def table_of(
     from saec.evaluate.baselines import Asked
     from saec.evaluate.bench_table import table_arms
 
-    if backend is Kind.OPENAI and zero_shot is None:
+    if cloud == "openai" and zero_shot is None:
         fix = "name the base model at the endpoint with --zero-shot"
         bare = Asked("", missing=BadInput("nobody said which of its models has no adapter", fix=fix))
     else:
-        bare = untuned(zero_shot, backend, settings, station)
+        bare = untuned(zero_shot, cloud, settings, station)
     wanted = [which for which in dict.fromkeys(baselines) if which is not Baseline.QWEN]
     if file is not None and Baseline.YOLO not in wanted:
         wanted.append(Baseline.YOLO)
-    others = [
-        baseline_arm(which, settings, station, cloud=None, backend=None, file=file, side=side) for which in wanted
-    ]
-    return table_arms(tuned(cloud, backend, settings, station), bare, *others)
+    others = [baseline_arm(which, settings, station, cloud=None, file=file, side=side) for which in wanted]
+    return table_arms(tuned(cloud, settings, station), bare, *others)
 
 
-def tuned(cloud: str | None, backend: Kind | None, settings: Settings, station: Path) -> Asked:
+def tuned(cloud: str | None, settings: Settings, station: Path) -> Asked:
     """Return the cloud at its best: a service, the station's expert, or a model with its adapter.
 
-    Without options: ``cloud.url`` of the settings, else the station's expert, else the MLLM of the settings.
+    Without ``cloud``: ``cloud.url`` of the settings, else the station's expert, else the MLLM of the settings.
 
     Raises:
-        BadInput: both options, or a service or endpoint that does not answer.
+        BadInput: a service or endpoint that does not answer.
     """
     from saec.evaluate.baselines import Asked
 
-    if backend is not None and cloud not in (None, "embedded"):
-        raise BadInput("choose one of --cloud and --backend", where=f"{cloud}, {backend}")
-    choice = cloud or (settings.cloud.url if backend is None else None)
-    if choice == "off":
-        return Asked("off", missing=BadInput("no cloud was wanted", where="--cloud off"))
-    if choice not in (None, "embedded"):
-        return service(choice, settings, station)
-    if backend is Kind.OPENAI:
-        return endpoint(settings)
-    if backend is Kind.EXPERT or (backend is None and (station / EXPERT).is_dir()):
-        if not (station / EXPERT).is_dir():
-            return Asked(EXPERT, missing=BadInput("the station has no expert", fix="saec fit --expert makes one"))
-        return Asked(EXPERT, partial(open_cloud, "embedded", settings, station), embedded=True)
-    family = family_of(settings.mllm.model)
-    if family != "loupe" and settings.mllm.adapter is None and missing_model(settings.mllm.model) is None:
-        fix = "make one with saec train, then --set mllm.adapter=DIR"
-        return Asked("", missing=BadInput(f"{settings.mllm.model} has no adapter", fix=fix))
-    return model(settings, f"{settings.mllm.model} adapter {settings.mllm.adapter or 'shipped'}")
+    has_expert = (station / EXPERT).is_dir()
+    match cloud or settings.cloud.url or ("embedded" if has_expert else "mllm"):
+        case "off":
+            return Asked("off", missing=BadInput("no cloud was wanted", where="--cloud off"))
+        case "openai":
+            return endpoint(settings)
+        case "embedded":
+            if not has_expert:
+                return Asked(EXPERT, missing=BadInput("the station has no expert", fix="saec fit --expert makes one"))
+            return Asked(EXPERT, partial(open_cloud, "embedded", settings, station), embedded=True)
+        case "mllm":
+            name, adapter = settings.mllm.model, settings.mllm.adapter
+            if family_of(name) != "loupe" and adapter is None and missing_model(name) is None:
+                fix = "make one with saec train, then --set mllm.adapter=DIR"
+                return Asked("", missing=BadInput(f"{name} has no adapter", fix=fix))
+            return model(settings, f"{name} adapter {adapter or 'shipped'}", station)
+        case url:
+            return service(url, settings, station)
 
 
-def untuned(name: str | None, backend: Kind | None, settings: Settings, station: Path) -> Asked:
-    """Return a model without adapter: ``name`` is a service's address, a model of the endpoint or of the registry, or
-    a folder. By default the MLLM of the settings, or Qwen2.5-VL where that one cannot do without its adapter.
+def untuned(name: str | None, cloud: str | None, settings: Settings, station: Path) -> Asked:
+    """Return a model without adapter: ``name`` is a service's address, a folder, or a model of the registry or, where
+    ``cloud`` is ``openai``, of the endpoint. By default the MLLM of the settings, or Qwen2.5-VL where that one cannot
+    do without its adapter.
 
     Raises:
         BadInput: a service or endpoint that does not answer, or that answers with an adapter.
@@ -168,17 +141,16 @@ def untuned(name: str | None, backend: Kind | None, settings: Settings, station:
     if name is not None and name.startswith(("http://", "https://")):
         return service(name, settings, station, bare=True)
     changes: dict[str, Any] = {"tau": ZERO_SHOT_TAU, "max_side": SIDE}
-    if backend is Kind.OPENAI:
+    if cloud == "openai":
         return endpoint(_with(settings, "openai", model=name or settings.openai.model, **changes))
     chosen = name or settings.mllm.model
     if family_of(chosen) == "loupe":
-        other = missing_model(QWEN)
-        if name is not None or other is not None:
+        if name is not None or missing_model(QWEN) is not None:
             what = f"{chosen} has no zero-shot form, for its projector is trained with its adapter"
-            fix = f"saec models pull {QWEN}, or name another model with --zero-shot"
+            fix = f"saec models pull {QWEN}, or another model in mllm.model"
             return Asked("", missing=BadInput(what, fix=fix))
         chosen = QWEN
-    return model(_with(settings, "mllm", model=chosen, adapter=None, **changes), f"{chosen} zero-shot")
+    return model(_with(settings, "mllm", model=chosen, adapter=None, **changes), f"{chosen} zero-shot", station)
 
 
 def llava(settings: Settings) -> Asked:
@@ -218,7 +190,7 @@ def service(url: str, settings: Settings, station: Path, *, bare: bool = False) 
     from saec.evaluate.baselines import Asked
 
     model_id = probe(url, settings.cloud).model_id
-    if bare and model_id.count("+") > 1:
+    if bare and "+adapter:" in model_id:
         raise BadInput(f"the service answers with an adapter ({model_id})", where=url, fix="serve the base model alone")
     return Asked(f"service {model_id}", partial(open_cloud, url, settings, station))
 
@@ -238,20 +210,14 @@ def endpoint(settings: Settings) -> Asked:
     )
 
 
-def model(settings: Settings, name: str) -> Asked:
+def model(settings: Settings, name: str, station: Path) -> Asked:
     """Return the MLLM of the settings, in this process."""
     from saec.evaluate.baselines import Asked
 
     absent = missing_model(settings.mllm.model)
     if absent is not None:
         return Asked("", missing=absent)
-
-    def load() -> Backend:
-        from saec.cloud.transformers import TransformersBackend
-
-        return TransformersBackend(settings)
-
-    return Asked.of_backend(name, load, max_batch=settings.serve.max_batch)
+    return Asked(name, partial(open_cloud, "mllm", settings, station), embedded=True)
 
 
 def missing_model(name: str) -> BadInput | None:

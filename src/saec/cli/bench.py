@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saec.cli.asked import BackendOption, Baseline, ClassifierOption, SideOption
+from saec.cli.asked import Baseline, ClassifierOption, SideOption
 from saec.cli.options import CloudOption, ConfigOption, JsonOption, ProductOption, SetOption, StationOption, settings_of
 from saec.errors import BadInput
 
@@ -159,13 +159,12 @@ def table(
         typer.Option("--out", "-o", metavar="DIR", help="Folder; an interrupted table is resumed.", show_default=False),
     ],
     cloud: CloudOption = None,
-    backend: BackendOption = None,
     zero_shot: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL|URL",
             help="Who answers without adapter: a name that saec models list knows, a folder, a model of the endpoint "
-            "(--backend openai), or a service. Default: mllm.model without its adapter.",
+            "(--cloud openai), or a service. Default: mllm.model without its adapter.",
             show_default=False,
         ),
     ] = None,
@@ -187,7 +186,8 @@ def table(
     """SAEC's table: edge, cloud zero-shot and tuned, cascade, and the ablations, on the same parts in one go.
 
     Arms whose model is not at hand are listed with the way to get it. The folder holds table.json, table.md and a run
-    folder for each arm; an arm that is done is not run again.
+    folder for each arm; an arm that is done is not run again. Without --cloud: cloud.url of the settings, else the
+    station's expert, else mllm; --cloud openai asks the endpoint of the settings.
     """
     from saec.cli.asked import table_of
     from saec.cli.demo import sample
@@ -206,7 +206,6 @@ def table(
         settings,
         station,
         cloud=cloud,
-        backend=backend,
         zero_shot=zero_shot,
         baselines=baseline or (),
         file=classifier,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saec.cli.asked import BackendOption, Baseline, ClassifierOption, SideOption, baseline_arm, tuned
+from saec.cli.asked import Baseline, ClassifierOption, SideOption, baseline_arm
 from saec.cli.options import (
     CloudOption,
     ConfigOption,
@@ -59,7 +59,6 @@ def evaluate(
     classifier: ClassifierOption = None,
     side: SideOption = 448,
     cloud: CloudOption = None,
-    backend: BackendOption = None,
     product: ProductOption = None,
     escalation: Annotated[
         float | None,
@@ -84,9 +83,9 @@ def evaluate(
     Refused when one of the images is among those that the station was fitted or calibrated on. A gate on any figure
     of summary.json (dots lead inside: latency_ms.p99<=60) turns a miss into exit code 1.
 
-    Baselines: qwen-zero-shot puts every part to a multimodal LLM without adapter (--cloud URL, --backend openai, or
-    mllm.model), llava-zero-shot to LLaVA-1.5, which answers in two tokens; yolo-cls judges by an ImageNet classifier
-    alone (--classifier). A part that a model does not answer usably counts as wrong.
+    Baselines: qwen-zero-shot puts every part to a multimodal LLM without adapter (--cloud URL, openai, or the default
+    mllm), llava-zero-shot to LLaVA-1.5, which answers in two tokens; yolo-cls judges by an ImageNet classifier alone
+    (--classifier). A part that a model does not answer usably counts as wrong.
     """
     from saec.cli.tell import refuse_unreadable, tell_run
     from saec.evaluate.gates import parse_gate, require
@@ -101,14 +100,13 @@ def evaluate(
     parts = labelled_parts(data, judge, settings, product)
     arm = None
     if baseline is not None:
-        arm = baseline_arm(baseline, settings, station, cloud=cloud, backend=backend, file=classifier, side=side)
+        arm = baseline_arm(baseline, settings, station, cloud=cloud, file=classifier, side=side)
         opened = nullcontext() if arm.asked is None else arm.asked.opened()
     elif settings.route.mode == "edge_only":
         opened = nullcontext()
     else:
-        _needs_cloud(mode, cloud or backend, settings)
-        asked = tuned(cloud, backend, settings, station) if backend is not None else None
-        opened = open_cloud(cloud, settings, station) if asked is None else asked.opened()
+        _needs_cloud(mode, cloud, settings)
+        opened = open_cloud(cloud, settings, station)
     outcome = _run("evaluating", parts, judge, settings, out, opened, arm=arm)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
     if outcome.summary is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,16 @@ def run_and_tell(
         return
     products = sorted({part.product for part in parts})
     title = f"{len(parts)} parts of {', '.join(products)}"
-    tables = [table_view.saec_table(run.rows, title=title), *([table_view.published()] if published else [])]
+    services = [arm for arm in arms if arm.asked is not None and arm.absent is None and not arm.asked.embedded]
+    notes = (
+        ["the cloud service is in no figure of GPU, power and energy unless it runs here, and never in memory"]
+        if services
+        else []
+    )
+    tables = [
+        table_view.saec_table(run.rows, title=title, notes=notes),
+        *([table_view.published()] if published else []),
+    ]
     tree = table_view.saec_json(
         run.rows,
         parts=len(parts),
@@ -65,7 +75,8 @@ def run_and_tell(
         published=table_view.published().to_json() if published else None,
     )
     write_atomically(out / JSON, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_atomically(out / MARKDOWN, "\n\n".join(f"## {t.title}\n\n{t.to_markdown()}" for t in tables) + "\n")
+    listed = [replace(table, notes=[f"- {note}" for note in table.notes]) for table in tables]
+    write_atomically(out / MARKDOWN, "\n\n".join(f"## {t.title}\n\n{t.to_markdown()}" for t in listed) + "\n")
     if json_:
         print_json(tree)
         return

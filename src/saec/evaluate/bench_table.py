@@ -198,8 +198,10 @@ def run_arm(
     """Run one arm into ``out``, or take it up again; ``ratio`` is the escalated share of random routing.
 
     Raises:
-        BadInput: as :func:`~saec.evaluate.runner.run_parts`.
+        BadInput: the arm's model is not at hand, or as :func:`~saec.evaluate.runner.run_parts`.
     """
+    if arm.absent is not None:
+        raise arm.absent
     if arm.asked is not None:
         settings = arm.asked.patient(settings, baseline=arm.is_baseline)
     outcome = run_parts(

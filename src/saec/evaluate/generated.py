@@ -53,18 +53,14 @@ def load_generating(settings: MllmSettings) -> GeneratingBackend:
     Raises:
         BadInput: it cannot be loaded.
     """
-    import torch
-
+    from saec.vlm.decide import generate_evidence
     from saec.vlm.load import load_vlm
     from saec.vlm.prompt import Ask, build_question
 
     vlm = load_vlm(settings)
 
     def generate(queries: Sequence[Query]) -> list[str]:
-        inputs = vlm.encoder.encode([build_question(query, Ask.LABEL, settings) for query in queries])
-        with torch.inference_mode():
-            tokens = vlm.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        asked = inputs["input_ids"].shape[1]
-        return list(vlm.encoder.tokenizer.batch_decode(tokens[:, asked:], skip_special_tokens=True))
+        questions = [build_question(query, Ask.LABEL, settings) for query in queries]
+        return generate_evidence(vlm, questions, max_tokens=ANSWER_TOKENS)
 
     return GeneratingBackend(generate, vlm.model_id)

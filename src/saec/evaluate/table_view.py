@@ -95,12 +95,22 @@ def saec_table(rows: Sequence[Row], *, title: str, notes: Sequence[str] = ()) ->
             cells[figure.head] = dash(figure.why(row.summary)) if value is None else format(value, figure.form)
         found.append(cells)
     legend = [
-        "s: wall time; W, mWh: mean power, energy per correct verdict; GB: peak resident memory of this process and "
-        "its children; cloud %: share of the parts put to the cloud",
+        "s: wall time; W, mWh: mean power, energy per correct verdict; cloud %: share of the parts put to the cloud",
+        "GB: peak resident memory of this process and its children; what earlier arms have left behind is in it",
+        *_asked(rows),
         *_counted(rows),
         *notes,
     ]
     return Table(title, tuple(found[0]), found, [*(f"{mark} {why}" for why, mark in footnotes.items()), *legend])
+
+
+def _asked(rows: Sequence[Row]) -> list[str]:
+    """Which model answered in which arms."""
+    arms: dict[str, list[str]] = {}
+    for row in rows:
+        if row.summary is not None and "cloud" in row.summary["models"]:
+            arms.setdefault(str(row.summary["models"]["cloud"]), []).append(row.arm)
+    return [f"{model}: {', '.join(names)}" for model, names in arms.items()]
 
 
 def _counted(rows: Sequence[Row]) -> list[str]:
