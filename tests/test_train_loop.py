@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ import train_tiny
 from saec.data.hashing import sha256_file
 from saec.data.verify import content_hashes
 from saec.errors import BadInput, GateFailed
+from saec.train import checkpoint
+from saec.train.ahead import ahead
 from saec.train.loop import Interrupted, TrainResult, answer_loss, train
 from saec.vlm.load import Vlm
 from train_rows import make_files, row, write_rows
@@ -171,6 +174,14 @@ def test_accumulated_small_batches_step_as_one_large_batch_does(rows: Path):
     assert losses(rows / "small") == pytest.approx(losses(rows / "large"), rel=1e-4)
 
 
+def test_work_ahead_keeps_its_order_and_its_errors():
+    assert list(ahead((lambda i=i: i * i) for i in range(20))) == [i * i for i in range(20)]
+    results = ahead([lambda: 1, lambda: 1 // 0, lambda: 3], depth=1)
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
 # -- stopping, killing, resuming
 
 
@@ -221,6 +232,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         assert f"damaged checkpoint {newest}" in caplog.text
         assert losses(rows / "run") == losses(undisturbed / "run")[:9]
         shutil.rmtree(rows / "run")
+
+
+def test_a_full_disk_is_told_and_costs_no_checkpoint(rows: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch):
+    written = checkpoint.save_file
+
+    def fills_up(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        if "step-00000006" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    with pytest.raises(BadInput, match=r"cannot be written \(.*No space left on device.*same command again"):
+        run(rows, "run")
+    monkeypatch.undo()
+    watcher = Stops(at=-1)
+    run(rows, "run", watcher=watcher)
+    assert "resuming at step 4 of" in " ".join(watcher.said_lines)
+    assert losses(rows / "run") == losses(undisturbed / "run")
 
 
 def test_a_finished_run_is_not_done_again(undisturbed: Path):

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saec import __version__
 from saec.config import MllmSettings, PromptSettings
 from saec.data.hashing import sha256_file
-from saec.errors import GateFailed
+from saec.errors import BadInput, GateFailed
 from saec.train import adapter, checkpoint, evaluation, record
 from saec.train.ahead import ahead, chunks
 from saec.train.checkpoint import Position
@@ -131,7 +132,7 @@ def train(
     ``trained_on.txt`` (SHA-256 of every training image), and ``train.json``, written last.
 
     Raises:
-        BadInput: settings, rows, model or folder that cannot be used, or another run's folder.
+        BadInput: settings, rows, model or folder that cannot be used, another run's folder, or a full disk.
         GateFailed: training and validation share an image, or the loss is no number.
         Interrupted: it was told to stop; a checkpoint is written.
     """
@@ -151,14 +152,24 @@ def train(
     if at.step:
         watcher.said(f"resuming at step {at.step} of {run.total}")
     _cut_logs(run, at)
-    with Stop() as stop:
+    with _disk(out), Stop() as stop:
         while at.epoch < settings.epochs:
             at = _epoch(run, at, stop)
             _evaluate(run, at)
             at = replace(at, epoch=at.epoch + 1, done=0)
             if stop and at.epoch < settings.epochs:
                 raise Interrupted(at.step, run.total)
-    return _finish(run, at)
+        return _finish(run, at)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """A full disk is told in one line, and costs no more than what came after the last checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fix = "make room and give the same command again: it goes on from the last checkpoint"
+        raise BadInput(f"the run cannot be written ({error})", where=out, fix=fix) from error
 
 
 def _prepare(
