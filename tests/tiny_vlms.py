@@ -24,6 +24,7 @@ from saec.vlm.adapter import save_adapter
 from saec.vlm.load import load_vlm
 
 T.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # threads cost these models more than they bring
 
 FAMILIES = ("qwen2.5-vl", "qwen3-vl", "llava", "smolvlm")
 """Not FastVLM: its vision tower comes from timm, which needs torchvision."""
