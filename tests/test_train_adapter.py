@@ -24,8 +24,6 @@ from tiny_vlms import FAMILIES, save_tiny
 from train_rows import make_files
 from train_tiny import TinyModel, load_tiny, settings_for
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
