@@ -15,6 +15,7 @@ import cli_fakes
 from cli_fakes import tree
 from cli_run import process, saec
 from cloud_fakes import service_process
+from saec.data.hashing import sha256_file
 from saec.evaluate.report_run import RunFolder
 from saec.types import Where
 
@@ -232,6 +233,18 @@ def test_a_tiny_model_end_to_end_zero_shot_and_tuned(tmp_path, root, bare, tiny)
     assert all(p is not None for found in said.values() for p in found)
     assert said["zero-shot"] != said["cloud-only"]
     assert "tiny-qwen+adapter:" in found.out
+
+
+def test_what_the_adapter_was_trained_on_cannot_be_evaluated(tmp_path, root, bare, tiny):
+    base, adapter = tiny
+    own = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    part = root / "bolt" / "test" / "good" / "000.png"
+    (own / "trained_on.txt").write_text(f"{sha256_file(part)}  x\n")
+    args = (root, "-s", bare, "-o", tmp_path / "t", "--cloud", "mllm", "--set", f"mllm.model={base}")
+    for words in (("evaluate",), ("sweep",), ("bench", "table")):
+        line = saec(*words, *args, "--set", f"mllm.adapter={own}").error()
+        assert "training the adapter" in line and "000.png" in line
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_tiny_model_is_the_zero_shot_baseline_without_its_adapter(tmp_path, root, bare, tiny):

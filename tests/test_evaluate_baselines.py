@@ -17,9 +17,19 @@ from cli_fakes import ExpertBackend, Station, fit_station, tree
 from cloud_fakes import FakeBackend, query
 from saec.cloud.embedded import EmbeddedClient
 from saec.config import Settings
+from saec.data.hashing import sha256_file
 from saec.data.readers import read_dataset
 from saec.errors import BadInput
-from saec.evaluate.baselines import ZERO_SHOT_TAU, Asked, ClassifierEdge, Shown, as_baseline, image_alone, zero_shot
+from saec.evaluate.baselines import (
+    ZERO_SHOT_TAU,
+    Asked,
+    ClassifierEdge,
+    Shown,
+    as_baseline,
+    image_alone,
+    refuse_learnt,
+    zero_shot,
+)
 from saec.evaluate.bench_table import classifier_arm, run_arm, zero_shot_arm
 from saec.evaluate.generated import GeneratingBackend, read_label
 from saec.evaluate.meter import Meter
@@ -141,13 +151,32 @@ def test_a_model_in_this_process_is_waited_for_and_a_baselines_circuit_never_ope
     assert cloud(True, False).timeout_s == 600
     service = cloud(False, True)
     assert (service.timeout_s, service.breaker_failures) == (SETTINGS.cloud.timeout_s, 10**9)
-    cropped = Settings.model_validate({"cloud": {"uplink": "crop"}})
-    assert Asked("x").patient(cropped, baseline=True).cloud.uplink == "image"
+    cropped = Settings.model_validate({"cloud": {"uplink": "crop"}, "route": {"budget_share": 0.1}})
+    whole = Asked("x").patient(cropped, baseline=True)
+    assert (whole.cloud.uplink, whole.route.budget_share) == ("image", None)
+    assert Asked("x", embedded=True).patient(cropped, baseline=False).route.budget_share == 0.1
 
 
 def test_what_is_not_at_hand_cannot_be_opened() -> None:
     with pytest.raises(BadInput, match="not pulled"):
         Asked("x", missing=BadInput("not pulled", fix="saec models pull x")).opened()
+
+
+def test_parts_that_the_adapter_was_trained_on_are_refused(tmp_path: Path, parts: list[Part]) -> None:
+    adapter = tmp_path / "run" / "best"
+    adapter.mkdir(parents=True)
+    refuse_learnt(None, parts)
+    refuse_learnt(adapter, parts)
+    listed = adapter.parent / "trained_on.txt"
+    listed.write_text(f"{'0' * 64}  another\n")
+    refuse_learnt(adapter, parts)
+    listed.write_text(f"{sha256_file(parts[3].path)}  {parts[3].part_id}\n")
+    with pytest.raises(BadInput, match="1 images were also used for training the adapter") as error:
+        refuse_learnt(adapter, parts)
+    assert str(parts[3].path) in str(error.value)
+    listed.rename(adapter / "trained_on.txt")  # a release carries it inside
+    with pytest.raises(BadInput, match="training the adapter"):
+        refuse_learnt(adapter, parts)
 
 
 def run(

@@ -217,7 +217,8 @@ def model(settings: Settings, name: str, station: Path) -> Asked:
     absent = missing_model(settings.mllm.model)
     if absent is not None:
         return Asked("", missing=absent)
-    return Asked(name, partial(open_cloud, "mllm", settings, station), embedded=True)
+    opening = partial(open_cloud, "mllm", settings, station)
+    return Asked(name, opening, embedded=True, adapter=settings.mllm.adapter)
 
 
 def missing_model(name: str) -> BadInput | None:

@@ -11,19 +11,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from saec.calibrate import Thresholds, confidences
 from saec.calibrate.policy import Policy
 from saec.cloud.embedded import EmbeddedClient
 from saec.config import Settings
+from saec.data.verify import content_hashes, refuse_overlap
 from saec.edge.classifier import OnnxClassifier
 from saec.errors import BadInput
 from saec.evaluate.arms import Varied
 from saec.evaluate.meter import mwh_per_correct
 from saec.evaluate.runner import Station
 from saec.evaluate.summary import summarise
-from saec.types import Backend, CloudClient, EdgeResult, Image, Label, Opinion, Query, Reason, Verdict, Where
+from saec.types import Backend, CloudClient, EdgeResult, Image, Label, Opinion, Part, Query, Reason, Verdict, Where
 
 ZERO_SHOT_TAU = 0.19
 """A zero-shot model calls a defect from this P(defect) on (SAEC §3: 0.19 by default, 0.26 tuned)."""
@@ -37,6 +39,9 @@ PATIENCE_S = 600.0
 NEVER = 10**9
 """Failures in a row that nobody reaches."""
 
+TRAINED_ON = "trained_on.txt"
+"""Beside an adapter's folder or in it: the content hashes of the images that it was trained on."""
+
 UNCALIBRATED = {"statement": "None: a baseline's thresholds are the published ones."}
 
 _JUST_ABOVE_HALF = math.nextafter(0.5, 1.0)
@@ -48,12 +53,14 @@ class Asked:
     """A cloud that can be asked, not yet opened; ``missing`` says how to get one that is not at hand.
 
     An ``embedded`` one works in this process: nothing is gained by giving it up for lost after a line's deadline.
+    ``adapter`` is the folder of its adapter, where it has one of its own.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[CloudClient | None]] = nullcontext
     missing: BadInput | None = None
     embedded: bool = False
+    adapter: Path | None = None
 
     @classmethod
     def of_backend(cls, name: str, make: Callable[[], Backend], *, max_batch: int) -> Asked:
@@ -82,15 +89,31 @@ class Asked:
     def patient(self, settings: Settings, *, baseline: bool) -> Settings:
         """Return the settings under which every question is put and, in this process, waited for.
 
-        A baseline's circuit never opens: bad answers are a result of it, no trouble on the line. It sees whole images:
-        a crop around the anomaly would let the edge have a say.
+        A baseline's circuit never opens: bad answers are a result of it, no trouble on the line. No budget binds it,
+        and it sees whole images: a crop around the anomaly would let the edge have a say.
         """
         changes: dict[str, Any] = {}
         if self.embedded:
             changes |= {"timeout_s": max(settings.cloud.timeout_s, PATIENCE_S), "breaker_failures": NEVER}
-        if baseline:
-            changes |= {"uplink": "image", "breaker_failures": NEVER}
-        return settings.model_copy(update={"cloud": settings.cloud.model_copy(update=changes)})
+        if not baseline:
+            return settings.model_copy(update={"cloud": settings.cloud.model_copy(update=changes)})
+        changes |= {"uplink": "image", "breaker_failures": NEVER}
+        unbounded = settings.route.model_copy(
+            update={"budget_share": None, "budget_bytes": None, "budget_seconds": None}
+        )
+        return settings.model_copy(update={"cloud": settings.cloud.model_copy(update=changes), "route": unbounded})
+
+
+def refuse_learnt(adapter: Path | None, parts: Sequence[Part]) -> None:
+    """Refuse parts that an adapter was trained on, as far as the list lies with it that ``saec train`` writes.
+
+    Raises:
+        BadInput: there are such parts, or the list is damaged.
+    """
+    folders = () if adapter is None else (adapter, adapter.resolve().parent)
+    lists = [folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file()]
+    if lists:
+        refuse_overlap(content_hashes(lists), parts, what="training the adapter")
 
 
 class Shown:

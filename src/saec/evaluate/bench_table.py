@@ -22,7 +22,7 @@ from saec.config import Settings
 from saec.edge.classifier import OnnxClassifier
 from saec.errors import BadInput
 from saec.evaluate.arms import Varied, arm_settings, escalated_share
-from saec.evaluate.baselines import Asked, ClassifierEdge, Shown, as_baseline, image_alone, zero_shot
+from saec.evaluate.baselines import Asked, ClassifierEdge, Shown, as_baseline, image_alone, refuse_learnt, zero_shot
 from saec.evaluate.meter import Meter
 from saec.evaluate.report import RunFolder, write_report
 from saec.evaluate.runner import LEDGER, MANIFEST, REPORT, SUMMARY, Outcome, Station, recorded, run_parts
@@ -143,9 +143,11 @@ def run_table(
     """Run the arms that are not done, those of one cloud together: no two models are in memory at once.
 
     Raises:
-        BadInput: the folder holds arms over other parts, another station or other settings, or a cloud cannot be
-            opened; the arms that are done stay.
+        BadInput: an adapter was trained on some of the parts, the folder holds arms over other parts, another station
+            or other settings, or a cloud cannot be opened; the arms that are done stay.
     """
+    for adapter in {arm.asked.adapter for arm in arms if arm.asked is not None}:
+        refuse_learnt(adapter, parts)
     names = {printable(part.part_id) for part in parts}
     for arm in arms:
         _refuse_others(out / ARMS / arm.name, names)
