@@ -100,7 +100,7 @@ def opinion(endpoint: Endpoint, asked: Query | None = None, **more: object) -> O
 
 def pictures(question: dict[str, Any]) -> list[np.ndarray]:
     urls = [item["image_url"]["url"] for item in question["messages"][1]["content"] if item["type"] == "image_url"]
-    coded = [base64.b64decode(url.removeprefix("data:image/jpeg;base64,")) for url in urls]
+    coded = [base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True) for url in urls]
     return [cv2.imdecode(np.frombuffer(each, np.uint8), cv2.IMREAD_COLOR) for each in coded]
 
 

@@ -139,8 +139,12 @@ class OpenAISettings(PromptSettings):
         description="Begin the model's answer with 'Label: ' (continue_final_message, which vLLM and SGLang know); "
         "false for endpoints that refuse it.",
     )
-    image_format: Literal["jpeg", "png"] = Field("jpeg", description="How images go to the endpoint; png is lossless.")
-    jpeg_quality: int = Field(95, ge=30, le=100, description="JPEG quality of what the model sees.")
+    image_format: Literal["jpeg", "png"] = Field(
+        "png",
+        description="How images go to the endpoint. png keeps every pixel, so that the endpoint's P(defect) is that of "
+        "the same model here; jpeg is smaller, but moves P(defect), and with it every calibrated threshold.",
+    )
+    jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of jpeg.")
 
 
 class MllmSettings(PromptSettings):
