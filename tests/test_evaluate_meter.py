@@ -56,6 +56,9 @@ class FakeNvml:
             raise self.NVMLError("Not Supported")
         return SimpleNamespace(gpu=[80, 40][device])
 
+    def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(used=[3_000_000_000, 1_000_000_000][device])
+
 
 def test_the_meter_reports_mean_and_peak_memory_and_processor_time() -> None:
     uses = iter([ProcessUse(100_000_000, 5.0), ProcessUse(300_000_000, 6.5)])
@@ -151,7 +154,7 @@ def test_nvml_reads_the_energy_counter_utilisation_and_power() -> None:
     reading = meter.reading()
     assert (reading.energy.status, reading.energy.joules) == ("measured", 2.5)
     assert reading.energy.detail == "GPU boards"
-    assert (reading.gpu_utilisation, reading.gpu_w) == (60.0, 150.0)
+    assert (reading.gpu_utilisation, reading.gpu_w, reading.gpu_peak_mb) == (60.0, 150.0, 4000.0)
 
 
 def test_nvml_integrates_power_on_boards_without_an_energy_counter() -> None:

@@ -124,10 +124,12 @@ class Rapl:
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """One reading of all GPUs: mean utilisation in percent and summed power in W; ``None`` where not supported."""
+    """One reading of all GPUs: mean utilisation in percent, summed power in W and memory in use in bytes; ``None``
+    where not supported."""
 
     utilisation: float | None
     watts: float | None
+    memory: float | None = None
 
 
 @dataclass(slots=True)
@@ -166,10 +168,11 @@ class Nvml:
         self._begin_mj = self._energy_mj()
 
     def sample(self, elapsed_s: float) -> None:
-        """Note utilisation and power; advance the energy."""
+        """Note utilisation, power and memory; advance the energy."""
         watts = self._sum(lambda d: self.module.nvmlDeviceGetPowerUsage(d) / 1000)
         load = self._sum(lambda d: self.module.nvmlDeviceGetUtilizationRates(d).gpu / len(self._devices))
-        self.samples.append(GpuSample(load, watts))
+        memory = self._sum(lambda d: self.module.nvmlDeviceGetMemoryInfo(d).used)
+        self.samples.append(GpuSample(load, watts, memory))
         now_mj = self._energy_mj() if self._begin_mj is not None else None
         if now_mj is not None and self._begin_mj is not None:
             self._joules = sum(b - a for a, b in zip(self._begin_mj, now_mj, strict=True)) / 1000

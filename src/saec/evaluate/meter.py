@@ -30,7 +30,8 @@ class Energy:
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What the meter saw between entering and leaving. Memory is resident, of this process and its children, in
-    10⁶ bytes; ``gpu_utilisation`` in percent and ``gpu_w`` in W are means over the samples."""
+    10⁶ bytes; ``gpu_utilisation`` in percent and ``gpu_w`` in W are means over the samples, ``gpu_peak_mb`` is the most
+    GPU memory in use, whoever used it."""
 
     wall_s: float
     cpu_s: float | None
@@ -41,6 +42,7 @@ class Reading:
     gpu_w: float | None
     samples: int
     problems: tuple[str, ...] = ()
+    gpu_peak_mb: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,12 @@ class Meter:
             energy=self._energy(),
             gpu_utilisation=_mean([s.utilisation for s in gpu.samples]) if gpu else None,
             gpu_w=_mean([s.watts for s in gpu.samples]) if gpu else None,
+            gpu_peak_mb=max((s.memory / MB for s in gpu.samples if s.memory is not None), default=None)
+            if gpu
+            else None,
             samples=len(uses),
             problems=tuple(f"{name}: {why}" for name, why in self._problems.items()),
+            gpu_peak_mb=max((s.memory / MB for s in gpu.samples if s.memory), default=None) if gpu else None,
         )
 
     def _energy(self) -> Energy:
