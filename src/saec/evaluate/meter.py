@@ -131,9 +131,6 @@ class Meter:
             energy=self._energy(),
             gpu_utilisation=_mean([s.utilisation for s in gpu.samples]) if gpu else None,
             gpu_w=_mean([s.watts for s in gpu.samples]) if gpu else None,
-            gpu_peak_mb=max((s.memory / MB for s in gpu.samples if s.memory is not None), default=None)
-            if gpu
-            else None,
             samples=len(uses),
             problems=tuple(f"{name}: {why}" for name, why in self._problems.items()),
             gpu_peak_mb=max((s.memory / MB for s in gpu.samples if s.memory), default=None) if gpu else None,
