@@ -53,3 +53,16 @@ def test_a_pull_that_fails_is_one_line(tmp_path):
     bad = WORDS[:-1] + b"!"
     line = saec("models", "pull", "tiny", "--from", write(tmp_path / "bad", BYTES | {"words.gguf": bad})).error()
     assert sha256(bad) in line and sha256(WORDS) in line
+
+
+def test_verify_holds_the_files_to_their_hashes_without_loading_a_model(tmp_path, cache):
+    assert "saec models pull tiny" in saec("models", "verify", "tiny", "--files").error()
+    assert "one of tiny, learnt" in saec("models", "verify", "gpt", "--files").error()
+    saec("models", "pull", "tiny", "--from", write(tmp_path / "plain", BYTES))
+    assert saec("models", "verify", "tiny", "--files").code == 0
+    bad = WORDS[:-1] + b"!"
+    (cache / "tiny" / "words.gguf").write_bytes(bad)
+    found = saec("models", "verify", "tiny", "--files", "--json")
+    assert found.code == 1
+    assert json.loads(found.out)["passed"] is False
+    assert sha256(bad) in found.err and sha256(WORDS) in found.err

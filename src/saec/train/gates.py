@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saec.errors import GateFailed
-from saec.vlm.registry import FileCheck, names, verify_files
+from saec.vlm.registry import FileCheck, names, resolve, verify_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,13 @@ def files_gate(model: str, adapter: Sequence[FileCheck] = ()) -> Gate:
     """Compare all hashes that somebody stated: of a model of the registry, of an adapter by its run or release.
 
     Raises:
-        BadInput: the model is not on this machine.
+        BadInput: the model is unknown or not on this machine.
     """
-    of_model = verify_files(model) if model in names() else ()
+    of_model: tuple[FileCheck, ...] = ()
+    if model in names():
+        of_model = verify_files(model)
+    else:
+        resolve(model)  # of a checkpoint's own folder nobody states hashes, but it must be one
     checks = (*of_model, *adapter)
     wrong = [check for check in checks if not check.right]
     notes = [f"{check.path} has sha256 {check.found}, {check.expected} was expected" for check in wrong]
