@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saec.cli.asked import Baseline, ClassifierOption, SideOption
+from saec.cli.cloud import Kind, backend_of
 from saec.cli.options import CloudOption, ConfigOption, JsonOption, ProductOption, SetOption, StationOption, settings_of
 from saec.errors import BadInput
 
@@ -69,7 +70,20 @@ def pipeline(
 
 @app.command()
 def cloud(
-    url: Annotated[str, typer.Argument(metavar="URL", help="A running service.")],
+    url: Annotated[str | None, typer.Argument(metavar="URL", help="A running service.", show_default=False)] = None,
+    backend: Annotated[
+        Kind | None,
+        typer.Option(help="Instead: a backend in this process, decisions alone.", show_default=False),
+    ] = None,
+    station: Annotated[
+        Path | None,
+        typer.Option("--station", "-s", metavar="DIR", help="Station whose expert answers.", show_default=False),
+    ] = None,
+    burst: Annotated[
+        int | None,
+        typer.Option(help="A tenth so many questions at once, then so many, twice.", min=10, show_default=False),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sizes of a backend's batches.")] = "1,2,4,8,16,32",
     images: ImagesOption = None,
     product: Annotated[str, typer.Option(help="Product to name in the questions.")] = "part",
     limit: Annotated[int, typer.Option(help="At most this many images.")] = 32,
@@ -79,19 +93,35 @@ def cloud(
     set_: SetOption = None,
     json_: JsonFile = None,
 ) -> None:
-    """Throughput, latency and batch sizes of a running cloud service over the number of questions at once."""
+    """How fast a running cloud service answers, how it bears a burst, or how fast a backend decides.
+
+    A service: throughput, latency and batch sizes over the number of questions at once; with --burst, what becomes of
+    ten times as many as are usual. A backend: decisions a second over the size of the batch, with GPU utilisation,
+    power and memory where there is a GPU (saec bench cloud --backend transformers --set mllm.model=NAME).
+    """
     from saec.cloud.client import HttpCloudClient, probe
+    from saec.evaluate.bench_batches import bench_batches
+    from saec.evaluate.bench_burst import bench_burst
     from saec.evaluate.bench_cloud import bench_cloud, http_batches
     from saec.types import Query
 
     levels = _levels(concurrency)
-    settings = settings_of(config, set_, cloud__in_flight=max(levels))
-    found = _images(images, limit)
-    health = probe(url, settings.cloud)
+    alone = {"openai__tau": 1.0, "mllm__tau": 1.0} if backend is not None else {}
+    settings = settings_of(config, set_, cloud__in_flight=max(levels), **alone)
     queries = [
         Query(f"bench-{i}", product, image, (image.shape[1], image.shape[0]), edge_p_defect=0.5)
-        for i, image in enumerate(found)
+        for i, image in enumerate(_images(images, limit))
     ]
+    if backend is not None and url is None:
+        made = backend_of(backend, station, settings)
+        finish(json_, bench_batches(made, queries, sizes=_levels(batches), seconds=seconds))
+        return
+    if url is None or backend is not None:
+        raise BadInput("choose what to measure", fix="pass the URL of a service, or --backend")
+    health = probe(url, settings.cloud)
+    if burst is not None:
+        finish(json_, bench_burst(url, settings.cloud, queries, waves=(burst // 10, burst, burst)))
+        return
     client = HttpCloudClient(url, settings.cloud, model_id=health.model_id)
     try:
         tables = bench_cloud(

@@ -78,7 +78,7 @@ def serve(
         update = {"token": _token(token_file)}
         settings = settings.model_copy(update={"serve": settings.serve.model_copy(update=update)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    made = _backend(backend, station, settings)
+    made = backend_of(backend, station, settings)
     written = service.ready_file(ready_file) if ready_file is not None else None
 
     def ready(url: str) -> None:
@@ -112,7 +112,12 @@ def ping(
         say(f"{url}: {health.model_id}, {health.status}, answered in {ms:.0f} ms")
 
 
-def _backend(kind: Kind, station: Path | None, settings: Settings) -> Backend:
+def backend_of(kind: Kind, station: Path | None, settings: Settings) -> Backend:
+    """Return a backend that is not warmed up yet.
+
+    Raises:
+        BadInput: no station or no expert for the expert, or an extra that is not installed.
+    """
     if kind is Kind.OPENAI:
         from saec.cloud.openai import OpenAIBackend
 

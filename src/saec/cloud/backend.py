@@ -23,6 +23,16 @@ def warm_up(backend: Backend) -> None:
 
 
 @runtime_checkable
+class Computes(Protocol):
+    """A backend that says where it computes, once it is warm: ``cpu``, the name of a GPU, or an endpoint's address."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        ...
+
+
+@runtime_checkable
 class Prepares(Protocol):
     """A backend that can begin with a question in threads of its own before its batch's turn has come."""
 

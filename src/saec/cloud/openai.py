@@ -46,6 +46,11 @@ class OpenAIBackend:
         )
         self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="saec-openai")
 
+    @property
+    def device(self) -> str:
+        """The endpoint's address: what computes behind it, it does not tell."""
+        return self._settings.base_url
+
     def warm_up(self) -> None:
         """Check that the endpoint answers and serves the model; take its only model if none was named.
 

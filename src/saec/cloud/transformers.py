@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from saec.cloud.ahead import Ahead
 from saec.config import Settings
@@ -71,6 +72,12 @@ class TransformersBackend:
         self._ahead: Ahead[_Ready] = Ahead(
             self._make_ready, threads=self._settings.workers, ahead=2 * settings.serve.max_batch
         )
+
+    @property
+    def device(self) -> str:
+        """``cpu``, or the name of the GPU that the model is on."""
+        device = self._at_work().vlm.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
     def warm_up(self) -> None:
         """Load the model and its adapter, and ask it once.

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 from saec import __version__
@@ -109,6 +110,17 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "release": platform.release(),
         "machine": platform.machine(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         **{package: metadata.version(package) for package in _PACKAGES},
     }
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system tells no name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
