@@ -33,6 +33,20 @@ class Labels(StrEnum):
     ALL = "all"
 
 
+class Uncertain(StrEnum):
+    """What becomes of the cells in doubt."""
+
+    DROP = "drop"
+    TRAIN = "train"
+
+
+class Validation(StrEnum):
+    """What fine-tuning is validated on."""
+
+    TEST = "test"
+    CALIBRATION = "calibration"
+
+
 class Unit(StrEnum):
     """What KolektorSDD keeps together."""
 
@@ -63,9 +77,13 @@ def elpv(
     limit: Annotated[
         int | None, typer.Option(help="At most this many test parts of each product.", show_default=False)
     ] = None,
+    uncertain: Annotated[
+        Uncertain, typer.Option(help="Cells in doubt: left out, or to train on with soft labels.")
+    ] = Uncertain.DROP,
     train: Train = 0.5,
     calibration: Calibration = 0.2,
-    defect_calibration: DefectCalibration = 0.4,
+    defect_train: Annotated[float, typer.Option(help="Share of the defects for saec train.")] = 0.4,
+    defect_calibration: DefectCalibration = 0.2,
     seed: Seed = 2025,
     mode: HowMode = Mode.COPY,
     json_: JsonOption = False,
@@ -74,8 +92,16 @@ def elpv(
     from saec.data.elpv import build_elpv
     from saec.data.splitting import Shares
 
-    shares = Shares(train, calibration, defect_calibration)
-    made = build_elpv(out, labels=labels.value, shares=shares, limit=limit, seed=seed, mode=mode.value)
+    shares = Shares(train, calibration, defect_calibration, defect_train)
+    made = build_elpv(
+        out,
+        labels=labels.value,
+        shares=shares,
+        uncertain=uncertain.value,
+        limit=limit,
+        seed=seed,
+        mode=mode.value,
+    )
     _tell(made, out, json_=json_)
 
 
@@ -166,6 +192,12 @@ def sft(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="A data set with train and test splits.")],
     out: Out,
     defect_train_ratio: Annotated[float, typer.Option(help="Share of the test defects to train on.")] = 0.5,
+    val: Annotated[
+        Validation, typer.Option(help="What validates; calibration: the test split is left alone, train defects train.")
+    ] = Validation.TEST,
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Add anomaly maps, each from a memory without the part, and evidence.")
+    ] = False,
     seed: Seed = 2025,
     json_: JsonOption = False,
 ) -> None:
@@ -175,7 +207,14 @@ def sft(
     from saec.data.sft import write_sft
     from saec.evaluate.table import Cell, Table
 
-    files = write_sft(read_dataset(source), out, defect_train_ratio=defect_train_ratio, seed=seed)
+    extras = None
+    if maps:
+        from saec.train.maps import MapWriter
+
+        extras = MapWriter(out)
+    files = write_sft(
+        read_dataset(source), out, defect_train_ratio=defect_train_ratio, val=val.value, seed=seed, extras=extras
+    )
     counts = ((files.train, files.n_train), (files.val, files.n_val))
     rows: list[Mapping[str, Cell]] = [{"file": str(file), "images": count} for file, count in counts]
     if json_:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from saec.data.dataset import Dataset
 from saec.data.decode import MAX_PIXELS
 from saec.data.hashing import NEAR_DUPLICATE_BITS
-from saec.data.manifest import write_atomic
+from saec.data.manifest import MANIFEST_NAME, load_manifest, write_atomic
 from saec.data.splitting import GroupedPart, group_parts, product_rng
 from saec.errors import BadInput
 from saec.types import Label
 
 EXCLUSION_NAME = "exclude.txt"
+
+Extras = Callable[[Sequence[GroupedPart], Sequence[GroupedPart]], Mapping[str, Mapping[str, str]]]
+"""(training parts, validation parts) -> further keys of rows, by the sha256 of the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,11 @@ def write_sft(
     out: Path,
     *,
     defect_train_ratio: float = 0.5,
+    val: Literal["test", "calibration"] = "test",
     seed: int = 2025,
     bits: int = NEAR_DUPLICATE_BITS,
     max_pixels: int = MAX_PIXELS,
+    extras: Extras | None = None,
 ) -> SftFiles:
     """Write ``train.jsonl``, ``val.jsonl`` and ``exclude.txt`` into the folder ``out``.
 
@@ -50,7 +56,10 @@ def write_sft(
     ``answer`` ("0" or "1": what follows the prompt's ``Label: ``), ``kind``, ``split`` (train or val),
     ``source_split``, ``sha256`` and ``group``. ``exclude.txt`` names the training images as ``sha256sum`` does, for the
     ``exclude=`` of the holdout builders. A test image with the content of a training image trains too. The same input
-    gives the same bytes.
+    gives the same bytes. A built set that states P(defect) of an image adds ``p_defect``; ``extras`` adds keys to rows.
+
+    With ``val="calibration"`` the train split trains, its defects included, the calibration split validates, and the
+    test split is left alone: for data sets whose own train split has defects.
 
     Raises:
         BadInput: no train split with good parts, no test split, an unlabelled or unreadable image, a bad ratio, or
@@ -58,25 +67,32 @@ def write_sft(
     """
     if not 0 <= defect_train_ratio <= 1:
         raise BadInput("bad share of the defects", where=defect_train_ratio, fix="between 0 and 1")
-    if not {"train", "test"} <= set(dataset.splits):
-        raise BadInput("no train and test splits", where=dataset.root, fix="build them with saec data folder")
+    if not {"train", val} <= set(dataset.splits):
+        raise BadInput(f"no train and {val} splits", where=dataset.root, fix="build them with saec data folder")
     dataset.require_good()
-    used = Dataset(dataset.name, dataset.root, tuple(part for part in dataset if part.split in ("train", "test")))
+    used = Dataset(dataset.name, dataset.root, tuple(part for part in dataset if part.split in ("train", val)))
     unlabelled = next((part for part in used if part.label is None), None)
     if unlabelled is not None:
         raise BadInput("an image without a label", where=unlabelled.path)
     parts = group_parts(used, bits=bits, max_pixels=max_pixels)
     training = _training_groups(parts, defect_train_ratio, seed)
     train = [one for one in parts if one.group in training]
-    val = [one for one in parts if one.group not in training]
+    held_out = [one for one in parts if one.group not in training]
+    added = extras(train, held_out) if extras is not None else {}
+    stated = _stated(dataset.root)
     texts = {
-        "train.jsonl": _jsonl(train, "train", out),
-        "val.jsonl": _jsonl(val, "val", out),
+        "train.jsonl": _jsonl(train, "train", out, stated, added),
+        "val.jsonl": _jsonl(held_out, "val", out, stated, added),
         EXCLUSION_NAME: "".join(f"{one.print.sha256}  {one.part.part_id}\n" for one in train),
     }
     _write(out, texts)
     return SftFiles(
-        out / "train.jsonl", out / "val.jsonl", out / EXCLUSION_NAME, len(train), len(val), len(dataset) - len(used)
+        out / "train.jsonl",
+        out / "val.jsonl",
+        out / EXCLUSION_NAME,
+        len(train),
+        len(held_out),
+        len(dataset) - len(used),
     )
 
 
@@ -100,11 +116,25 @@ def _is_test_defect(one: GroupedPart) -> bool:
     return one.part.split == "test" and one.part.label is Label.DEFECT
 
 
-def _jsonl(parts: Sequence[GroupedPart], split: str, out: Path) -> str:
+def _stated(root: Path) -> dict[str, float]:
+    """Return the probabilities between 0 and 1 that a built set's manifest states, by part id."""
+    if not (root / MANIFEST_NAME).is_file():
+        return {}
+    entries = load_manifest(root).entries
+    return {entry.path: entry.probability for entry in entries if entry.probability not in (None, 0.0, 1.0)}
+
+
+def _jsonl(
+    parts: Sequence[GroupedPart],
+    split: str,
+    out: Path,
+    stated: Mapping[str, float],
+    added: Mapping[str, Mapping[str, str]],
+) -> str:
     lines = []
     for one in parts:
         label = int(one.part.label is Label.DEFECT)
-        row = {
+        row: dict[str, object] = {
             "image": Path(os.path.relpath(one.part.path.absolute(), out.absolute())).as_posix(),
             "part_id": one.part.part_id,
             "product": one.part.product,
@@ -116,6 +146,9 @@ def _jsonl(parts: Sequence[GroupedPart], split: str, out: Path) -> str:
             "sha256": one.print.sha256,
             "group": one.group,
         }
+        if one.part.part_id in stated:
+            row["p_defect"] = stated[one.part.part_id]
+        row |= added.get(one.print.sha256, {})
         lines.append(json.dumps(row, ensure_ascii=False))
     return "".join(line + "\n" for line in lines)
 

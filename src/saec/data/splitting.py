@@ -17,8 +17,9 @@ from saec.types import Label, Part
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Shares of a product's images: ``train`` and ``calibration`` of its good parts, ``defect_calibration`` of its
-    defects; the rest is test. Training takes good parts only.
+    """Shares of a product's images: ``train`` and ``calibration`` of its good parts, ``defect_train`` and
+    ``defect_calibration`` of its defects; the rest is test. A station is fitted on good parts only: defects of the
+    train split are for models that learn from labels (``saec train``, the expert).
 
     Raises:
         BadInput: a share outside [0, 1], nothing to train on, or nothing left to test.
@@ -27,6 +28,7 @@ class Shares:
     train: float = 0.5
     calibration: float = 0.2
     defect_calibration: float = 0.4
+    defect_train: float = 0.0
 
     def __post_init__(self) -> None:
         if not (self.train > 0 and self.calibration >= 0 and self.train + self.calibration < 1):
@@ -35,8 +37,12 @@ class Shares:
                 where=f"train {self.train}, calibration {self.calibration}",
                 fix="train above 0, their sum below 1",
             )
-        if not 0 <= self.defect_calibration < 1:
-            raise BadInput("bad share of the defects", where=self.defect_calibration, fix="at least 0 and below 1")
+        if not (self.defect_train >= 0 and self.defect_calibration >= 0 and sum(self._defects) < 1):
+            raise BadInput(
+                "bad shares of the defects",
+                where=f"train {self.defect_train}, calibration {self.defect_calibration}",
+                fix="at least 0, their sum below 1",
+            )
 
     @property
     def of_good(self) -> dict[str, float]:
@@ -46,7 +52,13 @@ class Shares:
     @property
     def of_defects(self) -> dict[str, float]:
         """Shares of the defects by split."""
-        return {"calibration": self.defect_calibration, "test": 1 - self.defect_calibration}
+        train, calibration = self._defects
+        rest = {"calibration": calibration, "test": 1 - train - calibration}
+        return {"train": train, **rest} if train else rest
+
+    @property
+    def _defects(self) -> tuple[float, float]:
+        return self.defect_train, self.defect_calibration
 
 
 DEFAULT_SHARES = Shares()
@@ -99,7 +111,7 @@ def _merge_by_item(groups: Sequence[Sequence[int]], items: Sequence[str]) -> lis
 
 
 def split_by_content(parts: Sequence[GroupedPart], shares: Shares, *, seed: int) -> dict[str, str]:
-    """Return part id → split, product by product; groups stay whole, and a group with a defect never trains."""
+    """Return part id → split, product by product; groups stay whole, and one with a defect is dealt as a defect."""
     splits: dict[str, str] = {}
     for members, rng in _by_product(parts, seed):
         groups = _groups(members)

@@ -265,11 +265,14 @@ class _Kept:
 
 
 def _by_use(parts: Sequence[Part]) -> tuple[list[Part], list[Part], list[Part]]:
-    """Return (good parts to learn from, held-out good parts, defects). An unlabelled part to fit on counts as good."""
+    """Return (good parts to learn from, held-out good parts, defects). An unlabelled part to fit on counts as good.
+
+    Defects of a train split calibrate nothing: they are what models with labels learn from, which then know them.
+    """
     good = [part for part in parts if part.label is not Label.DEFECT]
     train = [part for part in good if part.split != "calibration"]
     held_out = [part for part in good if part.split == "calibration"]
-    defects = [part for part in parts if part.label is Label.DEFECT]
+    defects = [part for part in parts if part.label is Label.DEFECT and part.split != "train"]
     return (train, held_out, defects) if train else (held_out, [], defects)
 
 

@@ -67,13 +67,17 @@ def load_vlm(settings: MllmSettings, *, base: Vlm | None = None) -> Vlm:
     """
     from saec.vlm.adapter import with_adapter
 
+    bare = base or _bare(settings)
+    return bare if settings.adapter is None else with_adapter(bare, settings.adapter)
+
+
+def _bare(settings: MllmSettings) -> Vlm:
     files = resolve(settings.model)
     if files.family == "loupe":
         from saec.vlm.loupe import load_loupe
 
         return load_loupe(files, settings)
-    bare = base or _load_base(files.folder, settings)
-    return bare if settings.adapter is None else with_adapter(bare, settings.adapter)
+    return _load_base(files.folder, settings)
 
 
 def fingerprint(folder: Path) -> str:

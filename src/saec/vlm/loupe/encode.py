@@ -1,0 +1,99 @@
+"""From a question to Loupe's inputs: a short prompt, the part in a square, and the anomaly map on the tower's patches.
+
+Loupe was trained for one task, so it needs no instructions: of the question's text it gets the product's name and what
+is asked. References and the close-up are left out, the anomaly map says where good parts differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from saec.types import Heatmap, Image
+from saec.vlm.encode import IGNORED
+from saec.vlm.loupe.model import LoupeConfig
+from saec.vlm.prompt import LABELS, Ask, Question
+
+_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+"""ImageNet's, which the tower was trained with; RGB."""
+
+_ASKED = {Ask.LABEL: "Is it good (0) or defective (1)?", Ask.EVIDENCE: "It is defective. What is wrong, as JSON?"}
+_END = "<|im_end|>"
+
+
+class LoupeEncoder:
+    """Implements :class:`saec.vlm.encode.Encoder`. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, config: LoupeConfig) -> None:
+        self._config = config
+        # Text of users never becomes a control token, whatever it spells.
+        tokenizer.encode_special_tokens = True
+        self._tokens = tokenizer
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
+        start, end = (int(tokenizer.token_to_id(token)) for token in ("<|im_start|>", _END))
+        self._end = end
+        self._before = [start, *self._ids("user\n"), *[config.image_token_id] * config.image_tokens]
+        self._after = [end, *self._ids("\n"), start, *self._ids("assistant\n")]
+        good, defect = (self._ids(label)[0] for label in LABELS)
+        self.label_tokens = (good, defect)
+
+    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``attention_mask`` (and ``labels``) [B, L], ``pixel_values`` [B, 3, side, side] and
+        ``anomaly_map`` [B, patches, patches]; see :class:`saec.vlm.encode.Encoder` for the padding."""
+        prompts = [self._prompt(question) for question in questions]
+        tails = [[]] * len(prompts) if answers is None else [[*self._ids(answer), self._end] for answer in answers]
+        ids = [torch.tensor(prompt + tail) for prompt, tail in zip(prompts, tails, strict=True)]
+        side = "left" if answers is None else "right"
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._end, padding_side=side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side),
+            "pixel_values": torch.from_numpy(np.stack([self._pixels(question.part) for question in questions])),
+            "anomaly_map": torch.from_numpy(np.stack([self._map(question) for question in questions])),
+        }
+        if answers is not None:
+            labels = [torch.tensor([IGNORED] * len(prompt) + tail) for prompt, tail in zip(prompts, tails, strict=True)]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return batch
+
+    def _prompt(self, question: Question) -> list[int]:
+        text = f"\nProduct: {question.product}. {_ASKED[question.ask]}"
+        return [*self._before, *self._ids(text), *self._after, *self._ids(question.prefill)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokens.encode(text, add_special_tokens=False).ids)
+
+    def _pixels(self, part: Image) -> NDArray[np.float32]:
+        """Return [3, side, side]: the part in the upper left corner, its longest side filling the square."""
+        side = self._config.image_side
+        across, down = _fitted(part.shape[1], part.shape[0], side)
+        way = cv2.INTER_AREA if across * down < part.shape[0] * part.shape[1] else cv2.INTER_CUBIC
+        rgb = cv2.cvtColor(cv2.resize(part, (across, down), interpolation=way), cv2.COLOR_BGR2RGB)
+        square = np.zeros((side, side, 3), dtype=np.float32)
+        square[:down, :across] = (rgb.astype(np.float32) / 255 - _MEAN) / _STD
+        return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+    def _map(self, question: Question) -> Heatmap:
+        """Return the anomaly map on the tower's patches; beside the part, and without a map, as on a good part."""
+        patches = self._config.image_side // self._config.patch
+        square = np.full((patches, patches), np.exp(self._config.map_mean), dtype=np.float32)
+        if question.anomaly_map is not None:
+            across, down = _fitted(question.part.shape[1], question.part.shape[0], patches)
+            shrinks = across * down < question.anomaly_map.size
+            way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            square[:down, :across] = cv2.resize(question.anomaly_map, (across, down), interpolation=way)
+        return square
+
+
+def _fitted(width: int, height: int, side: int) -> tuple[int, int]:
+    """Return (width, height) with the longest side ``side`` and the same aspect ratio, none below 1."""
+    scale = side / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
