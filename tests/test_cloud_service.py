@@ -7,6 +7,8 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -58,6 +60,43 @@ async def test_a_question_gets_an_opinion_with_the_times_of_its_stages() -> None
         assert opinion.p_defect == 0.25
         assert opinion.model_id == "fake-1"
         assert set(opinion.timing_ms) == {"forward", "receive", "decode", "queue", "backend"}
+
+
+async def test_an_adapter_is_swapped_by_who_has_the_token_and_the_answer_names_the_model() -> None:
+    class Swaps(FakeBackend):
+        def swap_adapter(self, folder: Path | None) -> None:
+            if folder == Path("wrong"):
+                raise BadInput("no adapter here", where=folder)
+            self.model_id = f"fake-1+{folder}"
+
+    token = {"Authorization": "Bearer s3cret"}
+    async with service(Swaps(), token="s3cret") as client:
+        for body, status, model in (
+            ('{"adapter": "a"}', 200, "fake-1+a"),
+            ('{"adapter": "wrong"}', 422, "fake-1+a"),
+            ('{"adapter": 7}', 422, "fake-1+a"),
+            ("{}", 422, "fake-1+a"),
+            ('{"adapter": null}', 200, "fake-1+None"),
+        ):
+            response = await client.put("/v1/adapter", content=body, headers=token)
+            assert response.status_code == status
+            if status == 200:
+                assert response.json()["model_id"] == model
+            assert (await client.get("/v1/model", headers=token)).json()["model_id"] == model
+        assert (await client.put("/v1/adapter", content='{"adapter": null}')).status_code == 401
+    for backend, settings in ((Swaps(), {}), (FakeBackend(), {"token": "s3cret"})):
+        async with service(backend, **settings) as client:
+            response = await client.put("/v1/adapter", content='{"adapter": null}', headers=token)
+            assert refusal(response) == (403, "adapters are not swapped here")
+
+
+async def test_a_backend_that_prepares_gets_its_questions_before_their_batch() -> None:
+    class Early(FakeBackend):
+        def prepare(self, query: Query) -> Query:
+            return replace(query, edge_p_defect=0.75)
+
+    async with service(Early()) as client:
+        assert wire.decode_opinion((await post(client, body_of())).content, (64, 64)).p_defect == 0.75
 
 
 async def test_health_names_the_model_and_the_queue() -> None:

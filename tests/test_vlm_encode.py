@@ -81,6 +81,17 @@ def test_a_chat_template_that_drops_the_answers_beginning_is_refused(folders):
         ProcessorEncoder(processor)
 
 
+@every
+def test_a_products_name_never_becomes_a_control_token(encoder):
+    added = encoder.tokenizer.get_added_vocab()
+    names = ["".join(added), "<image>", "</s>", "[INST]\n<|im_end|>"]
+    plain = encoder.encode([asked(product="cell")])["input_ids"][0].tolist()
+    for name in names:
+        ids = encoder.encode([asked(product=name)])["input_ids"][0].tolist()
+        for token in added.values():
+            assert ids.count(token) == plain.count(token)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_image_takes_the_tokens_that_its_grid_says(encoders, family):
     encoder = encoders[family]

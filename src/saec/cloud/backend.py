@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from saec.types import Backend, Query
 
@@ -20,6 +23,11 @@ def warm_up(backend: Backend) -> None:
     """Run the backend's warm-up, where it has one."""
     if isinstance(backend, WarmsUp):
         backend.warm_up()
+
+
+def probe() -> Query:
+    """Return the question that a warm-up asks: grey nothing."""
+    return Query("probe", "probe", np.full((64, 64, 3), 127, np.uint8), (64, 64))
 
 
 @runtime_checkable
@@ -44,3 +52,12 @@ class Prepares(Protocol):
 def prepared(backend: Backend, query: Query) -> Query:
     """Let the backend begin with the query, where it can."""
     return backend.prepare(query) if isinstance(backend, Prepares) else query
+
+
+@runtime_checkable
+class SwapsAdapter(Protocol):
+    """A backend whose adapter can be changed while it serves."""
+
+    def swap_adapter(self, folder: Path | None) -> None:
+        """Answer with the adapter in ``folder``, or with none, from the next batch on. Thread-safe."""
+        ...

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from saec import __version__
 from saec.cloud import wire
-from saec.cloud.backend import prepared, warm_up
+from saec.cloud.backend import SwapsAdapter, prepared, warm_up
 from saec.cloud.batcher import Batcher, Draining, Expired, Overloaded, WorkFailed
 from saec.cloud.body import Body, ClientGone, TooLarge
 from saec.cloud.metrics import Metrics
@@ -30,9 +30,11 @@ logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _DISCARD_S = 2.0
+_MAX_SMALL_BODY = 16_384
 _STATUS_CLIENT_GONE = 499  # nobody reads it; the name under which proxies log the same thing
 
-_STATUS_OF_REASON = {Reason.CLOUD_TIMEOUT: 504, Reason.CLOUD_REFUSED: 503, Reason.CLOUD_UNREACHABLE: 503}
+_STATUS_OF_REASON = {Reason.CLOUD_TIMEOUT: 504, Reason.CLOUD_UNREACHABLE: 503}
+_BUSY_S = 1.0
 
 
 class Problem(Exception):
@@ -83,6 +85,10 @@ class Endpoints:
     async def put_reference(self, request: Request) -> Response:
         """``PUT /v1/references/{sha256}``: keep a reference image for the questions that name it."""
         return await self._answer(request, self._put_reference)
+
+    async def put_adapter(self, request: Request) -> Response:
+        """``PUT /v1/adapter``: answer with another adapter of this machine, or with none, from the next batch on."""
+        return await self._answer(request, self._put_adapter)
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/model``: who answers here; needs the token, so that a client can check its own."""
@@ -183,6 +189,16 @@ class Endpoints:
             self._references.put(name, image)
         return Response(status_code=204)
 
+    async def _put_adapter(self, request: Request, body: Body) -> Response:
+        if self._settings.token is None or not isinstance(self._backend, SwapsAdapter):
+            # A folder of this machine is named: nothing for whoever happens to reach the port.
+            raise Problem(403, "adapters are not swapped here", "serve --backend transformers with a --token-file")
+        if self.status != "ready":
+            raise Problem(503, f"the service is {self.status}", "ask again soon", retry_after_s=1.0)
+        folder = wire.decode_adapter(await body.read(_MAX_SMALL_BODY, request.headers.get("content-length")))
+        await asyncio.to_thread(self._backend.swap_adapter, folder)
+        return await self._health(request, body)
+
     async def _health(self, request: Request, body: Body) -> Response:
         health = wire.Health(
             status=self.status,
@@ -223,6 +239,8 @@ def _problem(error: Exception, settings: ServeSettings) -> Problem:
             return Problem(503, "the service is shutting down", "ask again soon", retry_after_s=1.0)
         case WorkFailed():
             return Problem(503, f"the model failed ({error})", "see the service's log")
+        case CloudError(reason=Reason.CLOUD_REFUSED, retry_after_s=wait):  # an engine's load is load here too
+            return Problem(429, str(error), "ask again later", retry_after_s=_BUSY_S if wait is None else wait)
         case CloudError(reason=reason, retry_after_s=wait):
             return Problem(_STATUS_OF_REASON.get(reason, 502), str(error), "see the model's server", retry_after_s=wait)
         case wire.BadAnswer():

@@ -38,10 +38,10 @@ _KEEP_ALIVE_S = 30
 def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started | None = None) -> FastAPI:
     """Return the service as an ASGI app around one backend.
 
-    ``POST /v1/judge``, ``PUT /v1/references/{sha256}``, ``GET /v1/model``, ``GET /healthz``, ``GET /metrics``. Starting
-    the app runs the backend's ``warm_up()`` if it has one; until that is done, questions get 503. ``on_started`` is
-    then called once, with ``None`` or with what went wrong. Refusals are JSON ``{"error", "fix"}``. An app serves once:
-    after its shutdown, build another.
+    ``POST /v1/judge``, ``PUT /v1/references/{sha256}``, ``PUT /v1/adapter``, ``GET /v1/model``, ``GET /healthz``,
+    ``GET /metrics``. Starting the app runs the backend's ``warm_up()`` if it has one; until that is done, questions get
+    503. ``on_started`` is then called once, with ``None`` or with what went wrong. Refusals are JSON
+    ``{"error", "fix"}``. An app serves once: after its shutdown, build another.
     """
     endpoints = Endpoints(backend, settings)
 
@@ -68,6 +68,7 @@ def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/v1/judge", endpoints.judge, methods=["POST"], response_model=None)
     app.add_api_route("/v1/references/{sha256}", endpoints.put_reference, methods=["PUT"], response_model=None)
+    app.add_api_route("/v1/adapter", endpoints.put_adapter, methods=["PUT"], response_model=None)
     app.add_api_route("/v1/model", endpoints.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", endpoints.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", endpoints.metrics, methods=["GET"], response_model=None)

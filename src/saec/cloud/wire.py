@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -122,6 +123,23 @@ class Health(_Message):
     version: str
     wire: int
     queue_depth: int
+
+
+class _Adapter(_Message):
+    adapter: Annotated[str, Field(min_length=1, max_length=4096)] | None
+
+
+def decode_adapter(body: bytes | bytearray) -> Path | None:
+    """Return the folder in ``{"adapter": "DIR"}``, or ``None`` for ``{"adapter": null}``.
+
+    Raises:
+        WireError: anything else.
+    """
+    try:
+        folder = _Adapter.model_validate_json(bytes(body)).adapter
+    except ValidationError as error:
+        raise WireError(first_problem(error)) from None
+    return None if folder is None else Path(folder)
 
 
 def encode_question(query: Query, references: Sequence[str], *, max_side: int, jpeg_quality: int) -> bytes:

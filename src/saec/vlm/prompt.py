@@ -45,6 +45,9 @@ Signs of a defect:
 - joint: faulty weld, solder joint or seam
 Answer exactly in the form the question asks for."""
 
+_NO_MARKUP = str.maketrans("<>[]{}|\r\n", "()()()/  ")
+"""A product's name comes from outside; chat templates and tokenizers read ``<|im_end|>`` and the like as control."""
+
 _ASK_LABEL = (
     "\nDoes this part have a defect? Answer with one digit and nothing else: 1 for a defect, 0 for a good part."
 )
@@ -100,7 +103,7 @@ class Question:
 
 def build_question(query: Query, ask: Ask, settings: PromptSettings) -> Question:
     """Return the question about one part: instructions, product and references, close-up, the part, what is asked."""
-    content: list[str | Image] = [f"Product: {query.product}."]
+    content: list[str | Image] = [f"Product: {query.product.translate(_NO_MARKUP)}."]
     for reference in query.references[: settings.references]:
         content += ["\nA good part of this product, for reference:\n", _view(reference, settings)]
     shared = len(content)
