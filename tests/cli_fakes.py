@@ -129,9 +129,6 @@ class Station:
     def calibration(self, product: str) -> Calibration:
         return self._calibrations[product]
 
-    def threshold(self, product: str) -> float:
-        return self._calibrations[product].score.location
-
     def with_route(self, route: RouteSettings) -> Station:
         other = Station({}, self._calibrations, self.manifest)
         other._means, other.products, other.models, other._route = self._means, self.products, self.models, route

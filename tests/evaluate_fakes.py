@@ -83,7 +83,7 @@ def verdicts(images: Path, product: str = "cell") -> list[Verdict]:
 def write_run(folder: Path, found: list[Verdict], *, manifest: dict[str, Any] | None = None, **more: Any) -> RunFolder:
     """Write a run folder as the runner does and load it."""
     (folder / "heatmaps").mkdir(parents=True)
-    heat = encode_heatmap(np.linspace(0, 2, 64, dtype=np.float32).reshape(8, 8), threshold=1.0)
+    heat = encode_heatmap(np.linspace(0, 2, 64, dtype=np.float32).reshape(8, 8))
     for v in found:
         cv2.imwrite(str(folder / "heatmaps" / f"{v.sha256[:16]}.png"), heat)
     (folder / "predictions.jsonl").write_text("".join(verdict_to_json(v) + "\n" for v in found), encoding="utf-8")

@@ -217,15 +217,15 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
-def test_elpv_has_two_products_and_trains_on_good_cells_only(tmp_path: Path) -> None:
+def test_elpv_has_two_products_and_defects_to_train_on(tmp_path: Path) -> None:
     source = elpv(tmp_path / "package")
     manifest = build_elpv(tmp_path / "out", source=source)
     counts = manifest.counts()
     assert set(counts) == {"mono", "poly"}
     for product in counts.values():
-        assert sum(product["train"].values()) == product["train"]["good"] == 8  # half of 15
-        assert product["calibration"] == {"good": 3, "defect": 2}
-        assert product["test"] == {"good": 4, "defect": 3}
+        assert product["train"] == {"good": 8, "defect": 2}  # half of 15, 0.4 of 5
+        assert product["calibration"] == {"good": 3, "defect": 1}
+        assert product["test"] == {"good": 4, "defect": 2}
     assert {entry.probability for entry in manifest.entries} == {0.0, 1.0}
     assert read_dataset(tmp_path / "out").splits == ("train", "calibration", "test")
     verify_disjoint([tmp_path / "out"]).require_disjoint()

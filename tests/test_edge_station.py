@@ -70,7 +70,6 @@ def test_a_loaded_station_says_what_the_saved_one_said(saved):
     assert loaded.models == station().models
     assert loaded.manifest == station().manifest
     assert loaded.calibration("plate") == station().calibration("plate")
-    assert loaded.threshold("plate") == station().threshold("plate")
     assert loaded.policy("plate") == station().policy("plate")
     assert loaded.fusion("plate") == station().fusion("plate")
     assert np.array_equal(loaded.references("plate")[0], station().references("plate")[0])

@@ -19,7 +19,7 @@ Image = NDArray[np.uint8]
 """[H, W, 3] uint8, BGR."""
 
 Heatmap = NDArray[np.float32]
-"""[h, w] float32 at the detector's own grid; larger means more anomalous; same units as the anomaly score."""
+"""[h, w] float32 at the detector's own grid; larger means more anomalous."""
 
 
 class Label(StrEnum):
@@ -124,7 +124,8 @@ class EdgeResult:
 
     ``score`` is the raw anomaly score (unbounded, larger is worse); ``p_defect`` its calibrated probability.
     ``s_max``, ``margin`` and ``entropy`` are SAEC's three confidences of (1 - p, p) (entropy normalised to
-    [0, 1]). ``heatmap`` may be ``None`` for a plain classifier.
+    [0, 1]). ``heatmap`` is relative: 1 is the level above which a cell is marked, which the worst cell of good parts
+    hardly reaches; ``None`` for a plain classifier.
     """
 
     score: float
@@ -148,8 +149,8 @@ class Route:
 class Query:
     """What is asked of the cloud about one part. ``image`` is what the cloud sees; ``region`` is the rectangle of the
     original image that it shows (``None``: all of it, possibly smaller) and ``original_size`` is (width, height) of the
-    original, so that boxes can be mapped back. ``anomaly_map`` covers the whole original, also when
-    ``image`` is a crop of it."""
+    original, so that boxes can be mapped back. ``anomaly_map`` is the edge's heatmap
+    (:attr:`EdgeResult.heatmap`) of the whole original, also when ``image`` is a crop of it."""
 
     part_id: str
     product: str
@@ -212,7 +213,7 @@ class Verdict:
 class Observation:
     """What a detector sees in one image, before calibration.
 
-    ``score`` is the raw anomaly score, unbounded, larger is worse.
+    ``score`` is the raw anomaly score, unbounded, larger is worse; the heatmap is in its units.
     """
 
     score: float

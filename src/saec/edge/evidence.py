@@ -16,6 +16,11 @@ backbone's field of view draws around it, is no defect."""
 _FINE = 8  # the heatmap is enlarged this many times before it is cut, so that boxes do not snap to its cells
 
 
+def relative(heatmap: Heatmap, level: float) -> Heatmap:
+    """Return a detector's map in units of the level above which a cell is marked."""
+    return np.asarray(heatmap / np.float32(level), dtype=np.float32)
+
+
 def heatmap_evidence(heatmap: Heatmap, threshold: float, size: tuple[int, int], *, is_defect: bool) -> Evidence:
     """Return boxes around the regions above ``threshold``, worst first.
 

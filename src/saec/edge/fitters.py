@@ -20,6 +20,7 @@ from saec.data.hashing import Fingerprint, fingerprint_image, group_near_duplica
 from saec.edge.backbone import Backbone, Features, working_sides
 from saec.edge.classifier import OnnxClassifier, temperature_of
 from saec.edge.detector import MemoryDetector, PatchPool
+from saec.edge.evidence import relative
 from saec.edge.station import ProductModel
 from saec.errors import BadInput
 from saec.scene import scene_complexity
@@ -97,7 +98,7 @@ class Fitter(ABC):
         """Return the product's operating point from held-out parts."""
         held = [*good, *defects]
         self.calibration_sha256.update(scored.sha256 for scored in held)
-        opinions = self._opinions(product, held, reference)
+        opinions = self._opinions(product, held, reference, heat_threshold([scored.seen for scored in good]))
         data = CalibrationData(
             good_scores=[scored.seen.score for scored in good],
             good_scene=[scored.scene for scored in good],
@@ -110,19 +111,19 @@ class Fitter(ABC):
         )
         return calibrate(data, self.settings.calibration)
 
-    def _opinions(self, product: str, held: Sequence[_Scored], reference: Image) -> list[float]:
+    def _opinions(self, product: str, held: Sequence[_Scored], reference: Image, level: float) -> list[float]:
         """Return the cloud's P(defect) of each part; empty where there is no cloud."""
         if self.cloud is None and not all(scored.sha256 in self.opinions for scored in held):
             return []
         with ThreadPoolExecutor(self.settings.cloud.in_flight) as pool:
-            answers = pool.map(lambda scored: self._opinion(product, scored, reference), held)
+            answers = pool.map(lambda scored: self._opinion(product, scored, reference, level), held)
             found = []
             for number, answer in enumerate(answers):
                 found.append(answer)
                 self.progress(f"{product}: asking the cloud", number + 1, len(held))
         return found
 
-    def _opinion(self, product: str, scored: _Scored, reference: Image) -> float:
+    def _opinion(self, product: str, scored: _Scored, reference: Image, level: float) -> float:
         known = self.opinions.get(scored.sha256)
         if known is not None or self.cloud is None:
             return 0.5 if known is None else known
@@ -133,7 +134,7 @@ class Fitter(ABC):
             image=image,
             original_size=(image.shape[1], image.shape[0]),
             references=(reference,),
-            anomaly_map=scored.seen.heatmap,
+            anomaly_map=None if scored.seen.heatmap is None else relative(scored.seen.heatmap, level),
         )
         try:
             return self.cloud.judge(query, deadline_s=self.settings.cloud.timeout_s).p_defect
@@ -295,9 +296,9 @@ def read_to_fit(part: Part, settings: Settings) -> tuple[str, Image]:
 
 
 def heat_threshold(good: Sequence[Observation]) -> float:
-    """Return the level that the worst cell of 95 % of the good parts stays below."""
+    """Return the level that the worst cell of 95 % of the good parts stays below; 1 where there are no maps."""
     worst = [float(seen.heatmap.max()) for seen in good if seen.heatmap is not None]
-    return max(float(np.quantile(worst, 0.95)), 1e-6)
+    return max(float(np.quantile(worst, 0.95)), 1e-6) if worst else 1.0
 
 
 def _shrunk(image: Image) -> Image:

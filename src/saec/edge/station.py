@@ -34,7 +34,7 @@ from saec.data.hashing import sha256_json
 from saec.edge.backbone import Backbone
 from saec.edge.classifier import ClassifierSpec, OnnxClassifier
 from saec.edge.detector import MemoryDetector
-from saec.edge.evidence import heatmap_evidence
+from saec.edge.evidence import heatmap_evidence, relative
 from saec.edge.folder import read_checked, read_index, write_folder
 from saec.edge.memory import Floats, Memory
 from saec.errors import BadInput
@@ -116,13 +116,14 @@ class Station:
         seen = model.detector.observe(image)
         p_defect = float(model.calibration.score.p_defect(seen.score))
         s_max, margin, entropy = (float(value) for value in confidences(p_defect))
-        result = EdgeResult(seen.score, p_defect, s_max, margin, entropy, seen.heatmap)
+        result = EdgeResult(seen.score, p_defect, s_max, margin, entropy)
         if seen.heatmap is None:
             return result
+        heatmap = relative(seen.heatmap, model.heat_threshold)
         is_defect = p_defect >= model.calibration.thresholds.tau_edge
         size = (image.shape[1], image.shape[0])
-        evidence = heatmap_evidence(seen.heatmap, model.heat_threshold, size, is_defect=is_defect)
-        return replace(result, evidence=evidence)
+        evidence = heatmap_evidence(heatmap, 1.0, size, is_defect=is_defect)
+        return replace(result, heatmap=heatmap, evidence=evidence)
 
     def policy(self, product: str) -> Policy:
         """Return how this product is routed."""
@@ -139,10 +140,6 @@ class Station:
     def calibration(self, product: str) -> Calibration:
         """Return the operating point of a product."""
         return self._model(product).calibration
-
-    def threshold(self, product: str) -> float:
-        """Return the level of the heatmap above which good parts hardly ever reach."""
-        return self._model(product).heat_threshold
 
     def with_route(self, route: RouteSettings) -> Station:
         """Return the same station under other routing settings."""

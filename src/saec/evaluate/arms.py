@@ -132,10 +132,6 @@ class Varied:
         """The station's."""
         return self._station.calibration(product)
 
-    def threshold(self, product: str) -> float:
-        """The station's."""
-        return self._station.threshold(product)
-
     def with_route(self, route: RouteSettings) -> Self:
         """Return the same with the station under other routing settings."""
         twin = copy(self)

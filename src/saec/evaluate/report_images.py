@@ -40,9 +40,9 @@ def overlay(heat: NDArray[np.uint8]) -> str:
     return _data_uri(".png", "image/png", rgba & np.uint8(0xF8), [cv2.IMWRITE_PNG_COMPRESSION, 9])
 
 
-def encode_heatmap(heat: Heatmap, threshold: float) -> NDArray[np.uint8]:
-    """Scale a detector's map [h, w] to 8-bit grey: 0 stays 0, ``threshold`` > 0 becomes 128, twice it saturates."""
-    scaled = np.nan_to_num(np.asarray(heat, np.float64), nan=0.0, posinf=1e30, neginf=0.0) * (AT_THRESHOLD / threshold)
+def encode_heatmap(heat: Heatmap) -> NDArray[np.uint8]:
+    """Scale an edge's heatmap [h, w] to 8-bit grey: 0 stays 0, the mark level 1 becomes 128, twice it saturates."""
+    scaled = np.nan_to_num(np.asarray(heat, np.float64), nan=0.0, posinf=1e30, neginf=0.0) * AT_THRESHOLD
     return np.asarray(np.clip(scaled, 0, 255).round(), dtype=np.uint8)
 
 

@@ -61,10 +61,6 @@ class Station(Edge, Protocol):
         """Return a product's operating point."""
         ...
 
-    def threshold(self, product: str) -> float:
-        """Return the level of the anomaly map above which good parts hardly ever reach."""
-        ...
-
     def with_route(self, route: RouteSettings) -> Self:
         """Return the same station under other routing settings."""
         ...
@@ -300,7 +296,7 @@ class _KeepsHeatmaps:
         sha256 = self._hashes.pop(id(image), None)
         result = self._station.predict(image, product)
         if result.heatmap is not None and sha256 is not None:
-            self._write(sha256, result.heatmap, self._station.threshold(product))
+            self._write(sha256, result.heatmap)
         return result
 
     def policy(self, product: str) -> Policy:
@@ -312,11 +308,11 @@ class _KeepsHeatmaps:
     def references(self, product: str) -> Sequence[Image]:
         return self._station.references(product)
 
-    def _write(self, sha256: str, heatmap: Heatmap, threshold: float) -> None:
+    def _write(self, sha256: str, heatmap: Heatmap) -> None:
         try:
-            if heatmap.ndim != 2 or not threshold > 0:
+            if heatmap.ndim != 2:
                 raise ValueError("no map that could be drawn")
-            encoded, data = cv2.imencode(".png", encode_heatmap(heatmap, threshold))
+            encoded, data = cv2.imencode(".png", encode_heatmap(heatmap))
             if not encoded:
                 raise ValueError("the map cannot be encoded")
             (self._folder / f"{sha256[:16]}.png").write_bytes(data.tobytes())

@@ -39,7 +39,7 @@ class LoupeEncoder:
         tokenizer.encode_special_tokens = True
         self._tokens = tokenizer
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
-        start, end = (int(tokenizer.token_to_id(token)) for token in ("<|im_start|>", _END))
+        start, end = (int(self.tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", _END))
         self._end = end
         self._before = [start, *self._ids("user\n"), *[config.image_token_id] * config.image_tokens]
         self._after = [end, *self._ids("\n"), start, *self._ids("assistant\n")]

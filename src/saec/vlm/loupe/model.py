@@ -35,8 +35,8 @@ class LoupeConfig(PreTrainedConfig):
     map_mean: float = -0.35
     map_std: float = 0.15
     map_hidden: int = 64
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
 
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "text_config": SubConfigSpec(config_class=LlamaConfig, model_type="llama"),

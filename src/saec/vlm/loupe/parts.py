@@ -78,7 +78,8 @@ def assemble(tower: Path, gguf: LlamaGguf, *, dtype: torch.dtype = torch.float32
         raise BadInput(f"the parts do not fit together ({str(error).splitlines()[-1].strip()})", where=tower) from None
     _make_buffers(model)
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _projector(config: LoupeConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
