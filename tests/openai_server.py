@@ -22,16 +22,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+import PIL.Image
 import torch
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 from starlette.responses import JSONResponse
 from transformers import AutoModelForImageTextToText
 
+from cloud_fakes import query
+from saec.config import MllmSettings
+from saec.types import Image, Query
+from saec.vlm.load import load_vlm
 from saec.vlm.processors import load_processor
+from saec.vlm.prompt import Ask, build_question
+from tiny_vlms import save_tiny
 
 MOST_LOGPROBS = 20
+SIZE = (112, 112)
 EVIDENCE = json.dumps({"kind": "surface", "bboxes": [[4, 4, 40, 30]], "desc": "A scratch near the left edge."})
 
 
@@ -39,6 +48,46 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         self.status = status
         super().__init__(message)
+
+
+def texture(seed: int) -> Image:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(40, 215, (9, 9, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, SIZE, interpolation=cv2.INTER_CUBIC)
+    return np.asarray(cv2.add(smooth, rng.integers(0, 12, smooth.shape, dtype=np.uint8)), np.uint8)
+
+
+def parts(count: int = 6) -> list[Query]:
+    heat = np.zeros((8, 8), np.float32)
+    heat[5, 2] = 1
+    good = texture(999)
+    return [
+        query(f"p{i}", image=texture(i), original_size=SIZE, references=(good,), anomaly_map=heat if i % 2 else None)
+        for i in range(count)
+    ]
+
+
+def save_decided(family: str, folder: Path) -> Path:
+    """Write a tiny model whose likely answers are 0 and 1, as a model's are that has learnt the question.
+
+    An endpoint tells the 20 likeliest tokens only; a random model's are any. Both labels' rows of the output layer are
+    turned towards the mean hidden state at the answer, a little above all others.
+    """
+    vlm = load_vlm(MllmSettings(model=str(save_tiny(family, folder)), device="cpu"))
+    questions = [build_question(each, Ask.LABEL, MllmSettings()) for each in parts()]
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        states = model(**vlm.encoder.encode(questions), output_hidden_states=True).hidden_states[-1]
+    mean = states[:, -1].mean(dim=0)
+    rows = model.lm_head.weight.detach().clone()
+    top = (rows @ mean).max()
+    for token in vlm.encoder.label_tokens:
+        rows[token] += (top + 3 - rows[token] @ mean) / mean.dot(mean) * mean
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(rows)
+    model.save_pretrained(folder)
+    return folder
 
 
 @dataclass
@@ -100,7 +149,7 @@ class Engine:
         return _completion(request, text, "length" if cut else "stop", None)
 
     def _inputs(self, request: dict[str, Any]) -> dict[str, torch.Tensor]:
-        images: list[Image.Image] = []
+        images: list[PIL.Image.Image] = []
         messages = [
             {"role": message["role"], "content": list(_items(message["content"], images))}
             for message in request["messages"]
@@ -125,7 +174,7 @@ class Engine:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def _items(content: str | list[dict[str, Any]], images: list[Image.Image]) -> Iterator[dict[str, Any]]:
+def _items(content: str | list[dict[str, Any]], images: list[PIL.Image.Image]) -> Iterator[dict[str, Any]]:
     """Yield a message's items as chat templates know them; the pictures go to ``images``."""
     for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         if item["type"] == "text":
@@ -134,7 +183,7 @@ def _items(content: str | list[dict[str, Any]], images: list[Image.Image]) -> It
         head, _, coded = item["image_url"]["url"].partition(",")
         if not (head.startswith("data:image/") and head.endswith(";base64")):
             raise Refused(400, "only data URLs are served")
-        images.append(Image.open(io.BytesIO(base64.b64decode(coded, validate=True))).convert("RGB"))
+        images.append(PIL.Image.open(io.BytesIO(base64.b64decode(coded, validate=True))).convert("RGB"))
         yield {"type": "image"}
 
 
@@ -164,12 +213,19 @@ def serving(engine: Engine) -> Iterator[str]:
         except Refused as error:
             return JSONResponse({"error": {"message": str(error), "code": error.status}}, status_code=error.status)
 
+    with listening(app) as url:
+        yield f"{url}/v1"
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Run an app in a thread, behind a socket of its own; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()

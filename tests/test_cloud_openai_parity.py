@@ -6,69 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import torch
-from transformers import AutoModelForImageTextToText
-
-from cloud_fakes import query
-from openai_server import EVIDENCE, Engine, serving
+from openai_server import EVIDENCE, Engine, parts, save_decided, serving
 from saec.cloud.openai import OpenAIBackend
 from saec.cloud.transformers import TransformersBackend
 from saec.config import MllmSettings, OpenAISettings, Settings
-from saec.types import Box, Image, Opinion, Query
-from saec.vlm.load import load_vlm
-from saec.vlm.prompt import Ask, build_question
-from tiny_vlms import save_tiny
+from saec.types import Box, Opinion, Query
 
 TOLERANCE = 1e-3
-SIDE = 112
-SIZE = (SIDE, SIDE)
-
-
-def texture(seed: int) -> Image:
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(40, 215, (9, 9, 3), dtype=np.uint8)
-    smooth = cv2.resize(coarse, SIZE, interpolation=cv2.INTER_CUBIC)
-    return np.asarray(cv2.add(smooth, rng.integers(0, 12, smooth.shape, dtype=np.uint8)), np.uint8)
-
-
-def parts(count: int = 6) -> list[Query]:
-    heat = np.zeros((8, 8), np.float32)
-    heat[5, 2] = 1
-    good = texture(999)
-    return [
-        query(f"p{i}", image=texture(i), original_size=SIZE, references=(good,), anomaly_map=heat if i % 2 else None)
-        for i in range(count)
-    ]
-
-
-def save_decided(family: str, folder: Path) -> Path:
-    """Write a tiny model whose likely answers are 0 and 1, as a model's are that has learnt the question.
-
-    An endpoint tells the 20 likeliest tokens only; a random model's are any. Both labels' rows of the output layer are
-    turned towards the mean hidden state at the answer, a little above all others.
-    """
-    vlm = load_vlm(MllmSettings(model=str(save_tiny(family, folder)), device="cpu"))
-    questions = [build_question(each, Ask.LABEL, MllmSettings()) for each in parts()]
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        states = model(**vlm.encoder.encode(questions), output_hidden_states=True).hidden_states[-1]
-    mean = states[:, -1].mean(dim=0)
-    rows = model.lm_head.weight.detach().clone()
-    top = (rows @ mean).max()
-    for token in vlm.encoder.label_tokens:
-        rows[token] += (top + 3 - rows[token] @ mean) / mean.dot(mean) * mean
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(rows)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

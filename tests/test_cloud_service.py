@@ -236,7 +236,7 @@ async def test_an_opinion_that_is_no_probability_never_leaves_the_service() -> N
     ("reason", "status"),
     [
         (Reason.CLOUD_TIMEOUT, 504),
-        (Reason.CLOUD_REFUSED, 503),
+        (Reason.CLOUD_REFUSED, 429),
         (Reason.CLOUD_UNREACHABLE, 503),
         (Reason.CLOUD_BAD_ANSWER, 502),
     ],

@@ -72,6 +72,20 @@ class _Models(_Lenient):
     data: list[_Model]
 
 
+def first_token(body: bytes) -> dict[str, float]:
+    """Return the likeliest first tokens of a chat completion and their log-probabilities.
+
+    Raises:
+        UnusableAnswer: it has none.
+    """
+    try:
+        first = _LabelReply.model_validate_json(body).choices[0].logprobs.content[0]
+    except ValidationError as error:
+        raise UnusableAnswer(f"no first-token log-probabilities ({first_problem(error)})") from None
+    # Keyed by token: servers differ in whether the chosen token is repeated among the top ones.
+    return {each.token: each.logprob for each in (first, *first.top_logprobs)}
+
+
 def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
     """Return P(defect) from a chat completion with the log-probabilities of its first token.
 
@@ -81,12 +95,7 @@ def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
     Raises:
         UnusableAnswer: no log-probabilities, neither label among them, or both together below ``min_mass``.
     """
-    try:
-        first = _LabelReply.model_validate_json(body).choices[0].logprobs.content[0]
-    except ValidationError as error:
-        raise UnusableAnswer(f"no first-token log-probabilities ({first_problem(error)})") from None
-    # Keyed by token: servers differ in whether the chosen token is repeated among the top ones.
-    found = {each.token: each.logprob for each in (first, *first.top_logprobs)}
+    found = first_token(body)
     good, defect = (
         math.fsum(math.exp(logprob) for token, logprob in found.items() if token.strip(_SPACES) == label)
         for label in LABELS

@@ -34,7 +34,6 @@ _MAX_SMALL_BODY = 16_384
 _STATUS_CLIENT_GONE = 499  # nobody reads it; the name under which proxies log the same thing
 
 _STATUS_OF_REASON = {Reason.CLOUD_TIMEOUT: 504, Reason.CLOUD_UNREACHABLE: 503}
-_BUSY_S = 1.0
 
 
 class Problem(Exception):
@@ -240,7 +239,7 @@ def _problem(error: Exception, settings: ServeSettings) -> Problem:
         case WorkFailed():
             return Problem(503, f"the model failed ({error})", "see the service's log")
         case CloudError(reason=Reason.CLOUD_REFUSED, retry_after_s=wait):  # an engine's load is load here too
-            return Problem(429, str(error), "ask again later", retry_after_s=_BUSY_S if wait is None else wait)
+            return Problem(429, str(error), "ask again later", retry_after_s=1.0 if wait is None else wait)
         case CloudError(reason=reason, retry_after_s=wait):
             return Problem(_STATUS_OF_REASON.get(reason, 502), str(error), "see the model's server", retry_after_s=wait)
         case wire.BadAnswer():

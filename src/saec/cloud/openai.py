@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from saec.cloud.answers import LabelAnswer, read_label, read_models, read_text
+from saec.cloud.answers import LabelAnswer, first_token, read_label, read_models, read_text
+from saec.cloud.backend import probe
 from saec.cloud.images import encode_jpeg, encode_png
 from saec.cloud.transport import Reply, Uplink
 from saec.config import OpenAISettings
@@ -25,8 +26,9 @@ from saec.types import CloudError, Evidence, Image, Opinion, Query, Reason
 from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
 from saec.vlm.prompt import EVIDENCE_SCHEMA, VERSION, Ask, Question, ask_evidence, build_question
 
-_TOP_LOGPROBS = 20
+_LABEL = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 _PROBE_S = 5.0
+_FIRST_ANSWER_S = 60.0  # engines compile at their first question
 
 
 class OpenAIBackend:
@@ -52,10 +54,11 @@ class OpenAIBackend:
         return self._settings.base_url
 
     def warm_up(self) -> None:
-        """Check that the endpoint answers and serves the model; take its only model if none was named.
+        """Check that the endpoint answers, serves the model and tells log-probabilities; take its only model if none
+        was named.
 
         Raises:
-            BadInput: no answer, a refused key, or a model that is not there.
+            BadInput: no answer, a refused key, a model that is not there, or one that cannot be asked for a label.
         """
         where = self._settings.base_url
         try:
@@ -70,6 +73,12 @@ class OpenAIBackend:
         if self._model not in served:
             what = "the endpoint serves several models" if self._model is None else f"there is no model {self._model}"
             raise BadInput(what, where=where, fix=f"set openai.model to one of: {', '.join(served)}")
+        try:
+            question = build_question(probe(), Ask.LABEL, self._settings)
+            first_token(self._ask(question, _LABEL, timeout_s=max(_FIRST_ANSWER_S, self._settings.timeout_s)).body)
+        except (CloudError, UnusableAnswer) as error:
+            fix = "it must tell logprobs; set openai.prefill=false if it refuses to continue an answer"
+            raise BadInput(f"the model endpoint cannot be asked for a label ({error})", where=where, fix=fix) from None
 
     def judge(self, queries: Sequence[Query]) -> list[Opinion | Exception]:
         """Return an opinion or a :class:`~saec.types.CloudError` for each query, in order."""
@@ -97,7 +106,7 @@ class OpenAIBackend:
         return Opinion(label.p_defect, evidence, self.model_id, timing_ms, diagnostics={"label_mass": label.mass})
 
     def _label(self, question: Question) -> LabelAnswer:
-        reply = self._ask(question, {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS})
+        reply = self._ask(question, _LABEL)
         try:
             return read_label(reply.body, min_mass=self._settings.min_label_mass)
         except UnusableAnswer as error:
@@ -115,9 +124,9 @@ class OpenAIBackend:
         except (CloudError, UnusableAnswer) as error:
             return no_evidence(error, source=self.model_id)
 
-    def _ask(self, question: Question, options: dict[str, Any]) -> Reply:
+    def _ask(self, question: Question, options: dict[str, Any], *, timeout_s: float | None = None) -> Reply:
         body = {"model": self._model, "temperature": 0, **chat(question, self._settings), **options}
-        deadline = time.monotonic() + self._settings.timeout_s
+        deadline = time.monotonic() + (timeout_s or self._settings.timeout_s)
         headers = {"Content-Type": "application/json"}
         return _accepted(
             self._uplink.request(

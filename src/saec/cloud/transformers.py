@@ -7,6 +7,7 @@ sentence. Failing to get evidence never changes the verdict: it is said in ``Evi
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from saec.cloud.ahead import Ahead
+from saec.cloud.backend import probe
 from saec.config import Settings
+from saec.errors import BadInput
 from saec.types import CloudError, Evidence, Opinion, Query, Reason
 from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
 from saec.vlm.decide import Asked, Decision, five_crops, generate_evidence, p_defect, rank
@@ -93,13 +95,13 @@ class TransformersBackend:
         The new one is loaded and tried beside the one at work, which goes on alone if this fails.
 
         Raises:
-            BadInput: an adapter that does not fit the model.
+            BadInput: an adapter that does not fit the model, or with which its output is not a number.
         """
         with self._swapping:
             wanted = self._settings.model_copy(update={"adapter": folder})
             vlm = load_vlm(wanted, base=None if self._serving is None else self._serving.base)
             model_id = vlm.model_id + (_RANKED if self._settings.ranking else "")
-            p_defect(vlm, [build_question(_probe(), Ask.LABEL, self._settings)])
+            _check_numbers(vlm, p_defect(vlm, [build_question(probe(), Ask.LABEL, self._settings)])[0])
             self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id)
             self.model_id = model_id
 
@@ -188,7 +190,7 @@ class TransformersBackend:
     def _opinion(
         self, serving: _Serving, decision: Decision, evidence: Evidence | None, timing_ms: dict[str, float]
     ) -> Opinion | Exception:
-        if decision.mass < self._settings.min_label_mass:
+        if not decision.mass >= self._settings.min_label_mass:  # NaN neither
             what = f"{serving.model_id}: 0 and 1 have only {decision.mass:.2g} of the probability"
             return CloudError(Reason.CLOUD_BAD_ANSWER, what)
         return Opinion(
@@ -207,6 +209,7 @@ def _result(future: Future[_Ready]) -> _Ready | Exception:
         return error
 
 
-def _probe() -> Query:
-    image = np.full((64, 64, 3), 127, np.uint8)
-    return Query("probe", "probe", image, (64, 64))
+def _check_numbers(vlm: Vlm, decision: Decision) -> None:
+    if math.isnan(decision.mass):
+        fix = "check the weights, or set mllm.dtype to a format of greater range, such as bfloat16"
+        raise BadInput("the model's output is not a number", where=vlm.model_id, fix=fix)
