@@ -262,9 +262,10 @@ def _needs_cloud(mode: str | None, cloud: str | None, settings: Settings) -> Non
 
 def _refuse_learnt(cloud: str | None, settings: Settings, parts: Sequence[Part]) -> None:
     from saec.evaluate.baselines import refuse_learnt
+    from saec.vlm.trained import as_trained
 
     if (cloud or settings.cloud.url) == "mllm":
-        refuse_learnt(settings.mllm.adapter, parts)
+        refuse_learnt(as_trained(settings.mllm).adapter, parts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 
 from saec.cloud.ahead import Ahead
 from saec.cloud.backend import probe
-from saec.config import Settings
+from saec.config import PromptSettings, Settings
 from saec.errors import BadInput
 from saec.types import CloudError, Evidence, Opinion, Query, Reason
 from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
@@ -28,6 +28,7 @@ from saec.vlm.encode import ProcessorEncoder
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.prefix import PrefixCache
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
+from saec.vlm.trained import as_trained
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _Serving:
     vlm: Vlm
     prefixes: PrefixCache
     model_id: str
+    prompt: PromptSettings
 
     @property
     def base(self) -> Vlm | None:
@@ -98,11 +100,11 @@ class TransformersBackend:
             BadInput: an adapter that does not fit the model, or with which its output is not a number.
         """
         with self._swapping:
-            wanted = self._settings.model_copy(update={"adapter": folder})
+            wanted = as_trained(self._settings.model_copy(update={"adapter": folder}))
             vlm = load_vlm(wanted, base=None if self._serving is None else self._serving.base)
             model_id = vlm.model_id + (_RANKED if self._settings.ranking else "")
-            _check_numbers(vlm, p_defect(vlm, [build_question(probe(), Ask.LABEL, self._settings)])[0])
-            self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id)
+            _check_numbers(vlm, p_defect(vlm, [build_question(probe(), Ask.LABEL, wanted)])[0])
+            self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id, wanted)
             self.model_id = model_id
 
     def prepare(self, query: Query) -> Query:
@@ -146,8 +148,9 @@ class TransformersBackend:
 
     def _make_ready(self, query: Query) -> _Ready:
         begun = time.monotonic()
-        encoder = self._at_work().vlm.encoder
-        question = build_question(query, Ask.LABEL, self._settings)
+        serving = self._at_work()
+        encoder = serving.vlm.encoder
+        question = build_question(query, Ask.LABEL, serving.prompt)
         views: tuple[Asked, ...] = (question,)
         if self._settings.ranking:
             views = five_crops(question, self._settings.crop_side)

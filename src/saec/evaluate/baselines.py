@@ -26,6 +26,7 @@ from saec.evaluate.meter import mwh_per_correct
 from saec.evaluate.runner import Station
 from saec.evaluate.summary import summarise
 from saec.types import Backend, CloudClient, EdgeResult, Image, Label, Opinion, Part, Query, Reason, Verdict, Where
+from saec.vlm.trained import TRAINED_ON
 
 ZERO_SHOT_TAU = 0.19
 """A zero-shot model calls a defect from this P(defect) on (SAEC §3: 0.19 by default, 0.26 tuned)."""
@@ -38,9 +39,6 @@ PATIENCE_S = 600.0
 
 NEVER = 10**9
 """Failures in a row that nobody reaches."""
-
-TRAINED_ON = "trained_on.txt"
-"""Beside an adapter's folder or in it: the content hashes of the images that it was trained on."""
 
 UNCALIBRATED = {"statement": "None: a baseline's thresholds are the published ones."}
 

@@ -20,8 +20,10 @@ from saec.errors import BadInput
 from saec.train.config import TrainSettings, first_difference, make_train_settings
 from saec.train.files import read_lines
 from saec.train.rows import Row
+from saec.vlm.trained import RUN as SUMMARY
+from saec.vlm.trained import TRAINED_ON
 
-LOG, EVALUATIONS, SUMMARY, TRAINED_ON = "train.log.jsonl", "eval.jsonl", "train.json", "trained_on.txt"
+LOG, EVALUATIONS = "train.log.jsonl", "eval.jsonl"
 
 _RUN = "run.json"
 _FREE = ("checkpoint_every", "threads")  # may differ in a resumed run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from saec import __version__
 from saec.config import PromptSettings
@@ -17,13 +16,12 @@ from saec.train.files import replace_folder, sync
 from saec.train.gates import Report
 from saec.vlm.adapter import WEIGHTS
 from saec.vlm.registry import FileCheck, names
+from saec.vlm.trained import TRAINED_ON, read_record, run_record
 
 RECORD = "parity.json"
 """What a release says about itself: the gates it passed, and the SHA-256 of its files."""
 
 FORMAT = "saec-parity/1"
-
-_RUN = "train.json"
 
 
 def check_adapter(folder: Path) -> None:
@@ -45,7 +43,7 @@ def base_of(folder: Path) -> str:
     settings = trained_with(folder)
     named = None if settings is None else settings.model
     if named is None:
-        named = str(_read(folder / "adapter_config.json").get("base_model_name_or_path"))
+        named = str(read_record(folder / "adapter_config.json").get("base_model_name_or_path"))
     if named in names() or (Path(named) / "config.json").is_file():
         return named
     raise BadInput(f"the adapter's base {named} is not known here", where=folder, fix="pass --model NAME or FOLDER")
@@ -53,8 +51,8 @@ def base_of(folder: Path) -> str:
 
 def trained_with(folder: Path) -> TrainSettings | None:
     """Return the settings of the training run that an adapter or a release comes from, where they lie with it."""
-    record = _run_record(folder)
-    return None if record is None else make_train_settings(_read(record).get("settings", {}), where=str(record))
+    record = run_record(folder)
+    return None if record is None else make_train_settings(read_record(record).get("settings", {}), where=str(record))
 
 
 def check_files(folder: Path) -> tuple[FileCheck, ...]:
@@ -70,12 +68,12 @@ def check_files(folder: Path) -> tuple[FileCheck, ...]:
 
 def _stated_hashes(folder: Path) -> dict[str, str]:
     if (folder / RECORD).is_file():
-        found = _read(folder / RECORD)
+        found = read_record(folder / RECORD)
         if found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
             raise BadInput("not the record of a release", where=folder / RECORD)
         return {str(name): str(sha256) for name, sha256 in found["files"].items()}
-    record = _run_record(folder)
-    if record is not None and (run := _read(record)).get("release") == folder.name:
+    record = run_record(folder)
+    if record is not None and (run := read_record(record)).get("release") == folder.name:
         return {WEIGHTS: str(run.get("adapter_sha256"))}
     return {}
 
@@ -100,11 +98,10 @@ def release(folder: Path, out: Path, report: Report) -> None:
     report.require()
     check_target(out)
     beside = out.with_name(f".{out.name}.new")
-    record = _run_record(folder)
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        for file in (*_files(folder), *([record] if record else [])):
+        for file in (*_files(folder), *_of_the_run(folder)):
             shutil.copyfile(file, beside / file.name)
         hashes = {file.name: sha256_file(file) for file in _files(beside)}
         # Names, not paths: a release says nothing about the machine that it was made on.
@@ -126,20 +123,13 @@ def prompt_of(folder: Path, served: PromptSettings) -> PromptSettings:
     return PromptSettings(max_side=settings.max_side, side_multiple=settings.side_multiple)
 
 
-def _run_record(folder: Path) -> Path | None:
-    """Return ``train.json`` of the run that wrote the adapter: beside it in a release, above it in a run's folder."""
-    return next((path for path in (folder / _RUN, folder.parent / _RUN) if path.is_file()), None)
+def _of_the_run(folder: Path) -> list[Path]:
+    """Return the run's record and its list of training images: what was trained on must never be tested on."""
+    record = run_record(folder)
+    if record is None or record.parent == folder:
+        return []
+    return [path for path in (record, record.with_name(TRAINED_ON)) if path.is_file()]
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BadInput(f"cannot read the record ({error})", where=file) from None
-    if not isinstance(found, dict):
-        raise BadInput("not a record", where=file)
-    return found
