@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,11 +27,27 @@ SEED = 2025
 """Of the draw of the cells to inspect."""
 
 
+class Cloud(StrEnum):
+    """Who is asked about the parts that the edge is unsure of."""
+
+    LOUPE = "loupe"
+    EXPERT = "expert"
+
+
+STATIONS = {Cloud.LOUPE: "station", Cloud.EXPERT: "station-expert"}
+"""Folders of the demo: a station is calibrated for the cloud that it is going to ask."""
+
+LOUPE = "loupe"
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything is put.")] = Path(
         "runs/demo"
     ),
     parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 400,
+    cloud: Annotated[
+        Cloud, typer.Option(help="The cloud: Loupe, the small multimodal LLM, or an expert fitted on the spot.")
+    ] = Cloud.LOUPE,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -53,13 +70,15 @@ def demo(
     settings = settings_of(config, set_)
     manifest = build_elpv(out / "data")
     say(f"1  Data: {len(manifest.entries)} photographs of solar cells, split by content, the same image never twice.")
-    station = _station(out, dataset_of(out / "data", settings), settings)
+    if cloud is Cloud.LOUPE:
+        _pull_loupe()
+    station = _station(out / STATIONS[cloud], dataset_of(out / "data", settings), settings, cloud)
     chosen = sample(dataset_of(out / "data", settings).select(split="test").parts, parts)
     say(f"3  Inspecting {len(chosen)} cells that nobody has seen yet, in four ways; the cloud is a process of its own.")
     if (out / REPORT).is_file():  # the last demo came to its end: this is a new one
         shutil.rmtree(out / "runs", ignore_errors=True)
         (out / REPORT).unlink()
-    command = ["cloud", "serve", "--station", str(out / "station"), "--port", "0"]
+    command = ["cloud", "serve", "--port", "0", *_backend(cloud, out / STATIONS[cloud])]
     with service_process(command, out / "cloud.log") as url:
         client = HttpCloudClient(url, settings.cloud, model_id=probe(url, settings.cloud).model_id)
         try:
@@ -73,24 +92,36 @@ def demo(
     say_path("Report (one file, opens offline in any browser):", (out / REPORT).resolve())
 
 
-def _station(out: Path, dataset: Dataset, settings: Settings) -> Station:
+def _backend(cloud: Cloud, station: Path) -> list[str]:
+    if cloud is Cloud.EXPERT:
+        return ["--backend", "expert", "--station", str(station)]
+    return ["--backend", "transformers", "--model", LOUPE]
+
+
+def _pull_loupe() -> None:
+    """Bring the parts of Loupe here, unless they are."""
+    from saec.cli.models import pulled
+
+    pulled(LOUPE)
+
+
+def _station(folder: Path, dataset: Dataset, settings: Settings, cloud: Cloud) -> Station:
     """Return the station of an earlier demo where it still fits, else fit one."""
     from saec.cli.console import say, steps
     from saec.cli.fit import fit_into, statement, stepper
-    from saec.cli.options import EXPERT
 
-    folder = out / "station"
-    if (folder / EXPERT).is_dir():
+    if folder.is_dir():
         try:
             station = load_station(folder, settings)
             say("2  Station: the one of the last demo.")
             return station
         except BadInput as error:
             say(f"2  The station of the last demo cannot be used ({error.what}): fitting another.")
-    shutil.rmtree(out / "runs", ignore_errors=True)
+    shutil.rmtree(folder.parent / "runs", ignore_errors=True)
     begun = time.monotonic()
+    asked = "mllm" if cloud is Cloud.LOUPE else None
     with steps() as progress:
-        fit_into(folder, dataset, settings, expert=True, cloud=None, progress=stepper(progress))
+        fit_into(folder, dataset, settings, expert=asked is None, cloud=asked, progress=stepper(progress))
     station = load_station(folder, settings)
     say(f"2  Station: fitted on good cells, calibrated on others, in {time.monotonic() - begun:.0f} s.")
     for product in station.products:

@@ -23,6 +23,7 @@ from saec.cli.options import (
     dataset_of,
     load_station,
     open_cloud,
+    refuse_learnt,
     settings_of,
 )
 from saec.errors import BadInput
@@ -106,7 +107,7 @@ def evaluate(
         opened = nullcontext()
     else:
         _needs_cloud(mode, cloud, settings)
-        _refuse_learnt(cloud, settings, parts)
+        refuse_learnt(cloud, settings, parts)
         opened = open_cloud(cloud, settings, station)
     outcome = _run("evaluating", parts, judge, settings, out, opened, arm=arm)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
@@ -138,7 +139,7 @@ def sweep(
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     _needs_cloud("cloud_only", cloud, settings)
-    _refuse_learnt(cloud, settings, parts)
+    refuse_learnt(cloud, settings, parts)
     opened = open_cloud(cloud, settings, station)
     outcome = _run("asking both", parts, AskAlways(judge), settings, out, opened, report=False)
     if outcome.summary is None:
@@ -258,14 +259,6 @@ def _mode(edge_only: bool, cloud_only: bool, random_ratio: float | None, baselin
 def _needs_cloud(mode: str | None, cloud: str | None, settings: Settings) -> None:
     if mode in ("cloud_only", "random") and (cloud or settings.cloud.url or "off") == "off":
         raise BadInput("this asks the cloud, and there is none", fix="pass --cloud URL or --cloud embedded")
-
-
-def _refuse_learnt(cloud: str | None, settings: Settings, parts: Sequence[Part]) -> None:
-    from saec.evaluate.baselines import refuse_learnt
-    from saec.vlm.trained import as_trained
-
-    if (cloud or settings.cloud.url) == "mllm":
-        refuse_learnt(as_trained(settings.mllm).adapter, parts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from saec.cli.options import (
     SetOption,
     dataset_of,
     open_cloud,
+    refuse_learnt,
     settings_of,
 )
 from saec.errors import BadInput
@@ -162,6 +163,8 @@ def fit_into(
 
             opinions = fit_expert(dataset, settings, out=building / EXPERT, progress=progress)
         choice = cloud or settings.cloud.url or ("embedded" if expert else "off")
+        held_out = [part for part in dataset if part.split != "train"]
+        refuse_learnt(choice, settings, held_out)
         with open_cloud(choice, settings, building) as client:
             # The expert has learnt from the calibration parts: what counts is what its folds said of them unseen.
             own = opinions if choice == "embedded" else {}

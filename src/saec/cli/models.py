@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from saec.train.gates import Report
     from saec.types import Backend
     from saec.vlm.gather import Progress
+    from saec.vlm.registry import ModelFiles
 
 app = typer.Typer(no_args_is_help=True, help="Multimodal LLMs: list, pull, verify.")
 
@@ -85,16 +86,26 @@ def pull(
 ) -> None:
     """Bring a model onto this machine; what is here and right is not fetched again, and nobody is asked."""
     from saec.cli.console import print_json, say_path
-    from saec.vlm import registry
 
-    with _bar() as progress:
-        files = registry.pull(name, source=source, progress=progress)
+    files = pulled(name, source=source)
     if json_:
         print_json(
             {"name": name, "folder": str(files.folder), "files": {key: str(at) for key, at in files.files.items()}}
         )
     else:
         say_path(f"{name} lies in", files.folder)
+
+
+def pulled(name: str, *, source: Path | None = None) -> ModelFiles:
+    """Pull a model under a progress bar, unless it is here.
+
+    Raises:
+        BadInput: no source has it; each is named with its reason.
+    """
+    from saec.vlm import registry
+
+    with _bar() as progress:
+        return registry.pull(name, source=source, progress=progress)
 
 
 @app.command()

@@ -113,6 +113,19 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
         client.close()
 
 
+def refuse_learnt(choice: str | None, settings: Settings, parts: Sequence[Part]) -> None:
+    """Refuse to calibrate or evaluate on parts that the multimodal LLM behind ``--cloud mllm`` was trained on.
+
+    Raises:
+        BadInput: there are such parts.
+    """
+    from saec.evaluate.baselines import refuse_learnt as refuse
+    from saec.vlm.trained import as_trained
+
+    if (choice or settings.cloud.url) == "mllm":
+        refuse(as_trained(settings.mllm).adapter, parts)
+
+
 def mllm_backend(settings: Settings) -> Backend:
     """Return the multimodal LLM of the settings; it is loaded by its warm-up.
 

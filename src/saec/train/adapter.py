@@ -31,7 +31,7 @@ def add_adapter(base: Vlm, settings: TrainSettings) -> Vlm:
         BadInput: a pattern that matches nothing or touches the vision tower, or an adapter that does not fit.
     """
     model = base.model
-    lora_modules(model, settings.lora_targets)
+    lora_modules(model, settings.lora_targets, tower=settings.adapt_tower)
     projector = projector_module(model, settings.projector) if settings.train_projector else None
     if settings.adapter is not None:
         with_adapter(base, Path(settings.adapter))  # refuses one that was made for another base or prompt
@@ -66,18 +66,17 @@ def _checkpoint_activations(model: nn.Module) -> None:
         ) from None
 
 
-def lora_modules(model: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the modules that LoRA adapts.
+def lora_modules(model: nn.Module, pattern: str, *, tower: bool = False) -> list[str]:
+    """Return the names of the modules that LoRA adapts; those of the vision tower only if ``tower`` allows it.
 
     Raises:
         BadInput: not a regular expression, it matches nothing, or something of the vision tower.
     """
     found = _matching(model, pattern, "lora_targets")
     stray = next((name for name in found if _VISION.search(name)), None)
-    if stray is not None:
-        raise BadInput(
-            "lora_targets reaches into the vision tower", where=stray, fix="name the language model in the pattern"
-        )
+    if stray is not None and not tower:
+        fix = "name the language model in the pattern, or set adapt_tower"
+        raise BadInput("lora_targets reaches into the vision tower", where=stray, fix=fix)
     other = next((name for name in found if not isinstance(model.get_submodule(name), nn.Linear)), None)
     if other is not None:
         raise BadInput("lora_targets matches more than linear layers", where=other)

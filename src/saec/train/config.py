@@ -40,7 +40,10 @@ class TrainSettings(Section):
     lora_targets: str = Field(
         r"(.*\.)?(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
         description="Regular expression that the full name of every adapted module matches. It must match something, "
-        "and nothing of the vision tower: served adapters would lose those weights.",
+        "and nothing of the vision tower: engines that take adapters of language models only would lose those weights.",
+    )
+    adapt_tower: bool = Field(
+        False, description="Let lora_targets reach into the vision tower, for a model that this program serves itself."
     )
 
     # -- projector
