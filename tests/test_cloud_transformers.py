@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -266,6 +267,23 @@ def test_swapping_drops_no_question_and_mixes_no_answers(folders, adapters):
     assert {answer.model_id for answer in found} == set(wanted)
     for answer in found:
         assert answer.p_defect == pytest.approx(wanted[answer.model_id], abs=1e-5)
+
+
+def test_a_question_prepared_before_a_swap_is_asked_at_the_new_adapters_size(folders, adapters, tmp_path):
+    small = shutil.copytree(adapters[0], tmp_path / "small")
+    (small / "train.json").write_text(json.dumps({"settings": {"max_side": 56, "side_multiple": 28}}))
+    mllm = {"model": str(folders["smolvlm"]), "device": "cpu", "min_label_mass": 0, "tau": 1.0}
+    backend = TransformersBackend(Settings.model_validate({"mllm": mllm}))
+    backend.warm_up()
+    before = backend.prepare(part(0))
+    wait_until(lambda: before.slot.future.done())
+    backend.swap_adapter(small)
+    early, late = opinions(backend.judge([before, part(0)]))
+    backend.swap_adapter(adapters[0])  # the same weights, asked at the default size
+    (large,) = opinions(backend.judge([part(0)]))
+    backend.close()
+    assert early.p_defect == pytest.approx(late.p_defect, abs=1e-5)
+    assert abs(late.p_defect - large.p_defect) > 1e-3
 
 
 def test_a_model_that_cannot_be_loaded_is_bad_input_at_warm_up(tmp_path):

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saec.train.config import TrainSettings, load_train_settings
 from saec.train.loop import train
+from saec.vlm.encode import Encoded, Encoder
 from saec.vlm.load import Vlm
 from saec.vlm.prompt import Question
 
@@ -66,28 +65,19 @@ class TinyModel(nn.Module):
         )
 
 
-class TinyEncoder:
+class TinyEncoder(Encoder):
     """One image token, the product's name, the question's first letter; then the answer's characters."""
 
     tokenizer = None
     label_tokens = (ord("0"), ord("1"))
+    padding = PAD
 
-    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, Tensor]:
-        prompts = [[IMAGE, *map(ord, f"{q.product}{q.ask.value[0]}{q.prefill}")] for q in questions]
-        replies = [[*(min(ord(c), 127) for c in answer), END] for answer in answers or ()] or [[] for _ in prompts]
-        length = max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, reply in zip(prompts, replies, strict=True):
-            gap = length - len(prompt) - len(reply)
-            left, right = (gap, 0) if answers is None else (0, gap)
-            rows["input_ids"].append([PAD] * left + prompt + reply + [PAD] * right)
-            rows["attention_mask"].append([0] * left + [1] * (length - gap) + [0] * right)
-            rows["labels"].append([-100] * (left + len(prompt)) + reply + [-100] * right)
-        batch = {name: torch.tensor(values) for name, values in rows.items()}
-        if answers is None:
-            del batch["labels"]
-        small = [cv2.resize(q.part, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., 0] for q in questions]
-        return batch | {"pixel_values": torch.tensor(np.stack(small).reshape(-1, SIDE * SIDE) / 255.0 - 0.5).float()}
+    def prepare(self, question: Question, answer: str | None = None) -> Encoded:
+        prompt = [IMAGE, *map(ord, f"{question.product}{question.ask.value[0]}{question.prefill}")]
+        reply = [] if answer is None else [*(min(ord(c), 127) for c in answer), END]
+        small = cv2.resize(question.part, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., 0]
+        pixels = torch.tensor(small.reshape(1, -1) / 255.0 - 0.5).float()
+        return Encoded(torch.tensor(prompt + reply), ({"pixel_values": pixels},), len(prompt))
 
 
 def load_tiny(settings: TrainSettings) -> Vlm:

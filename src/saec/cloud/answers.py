@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saec.errors import first_problem
-from saec.vlm.answers import UnusableAnswer
+from saec.vlm.answers import Decision, UnusableAnswer
 from saec.vlm.prompt import LABELS
 
 _SPACES = " \t\r\n▁Ġ"
 """What tokenizers glue to the front of a word, in plain text and in their own alphabets."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabelAnswer:
-    """P(defect) among the two labels, and ``mass``: the probability of the two labels among all tokens."""
-
-    p_defect: float
-    mass: float
 
 
 class _Lenient(BaseModel):
@@ -86,7 +77,7 @@ def first_token(body: bytes) -> dict[str, float]:
     return {each.token: each.logprob for each in (first, *first.top_logprobs)}
 
 
-def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
+def read_label(body: bytes, *, min_mass: float) -> Decision:
     """Return P(defect) from a chat completion with the log-probabilities of its first token.
 
     P("0") and P("1") are sums over the tokens that spell the digit, such as ``1`` and ``·1``; P(defect) is
@@ -105,7 +96,7 @@ def read_label(body: bytes, *, min_mass: float) -> LabelAnswer:
         raise UnusableAnswer(f"neither 0 nor 1 is among the likely first tokens {_quoted(list(found))}")
     if mass < min_mass:
         raise UnusableAnswer(f"0 and 1 have only {mass:.2g} of the probability, {_quoted(list(found))} the rest")
-    return LabelAnswer(p_defect=defect / mass, mass=min(1.0, mass))
+    return Decision(p_defect=defect / mass, mass=min(1.0, mass))
 
 
 def read_text(body: bytes) -> str:

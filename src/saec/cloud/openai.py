@@ -16,14 +16,14 @@ from typing import Any
 
 import httpx
 
-from saec.cloud.answers import LabelAnswer, first_token, read_label, read_models, read_text
+from saec.cloud.answers import first_token, read_label, read_models, read_text
 from saec.cloud.backend import probe
 from saec.cloud.images import encode_jpeg, encode_png
 from saec.cloud.transport import Reply, Uplink
 from saec.config import OpenAISettings
 from saec.errors import BadInput
 from saec.types import CloudError, Evidence, Image, Opinion, Query, Reason
-from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
+from saec.vlm.answers import Decision, UnusableAnswer, no_evidence, read_evidence
 from saec.vlm.prompt import EVIDENCE_SCHEMA, VERSION, Ask, Question, ask_evidence, build_question
 
 _LABEL = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -105,7 +105,7 @@ class OpenAIBackend:
             return error
         return Opinion(label.p_defect, evidence, self.model_id, timing_ms, diagnostics={"label_mass": label.mass})
 
-    def _label(self, question: Question) -> LabelAnswer:
+    def _label(self, question: Question) -> Decision:
         reply = self._ask(question, _LABEL)
         try:
             return read_label(reply.body, min_mass=self._settings.min_label_mass)

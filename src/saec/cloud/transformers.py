@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from saec.cloud.backend import probe
 from saec.config import PromptSettings, Settings
 from saec.errors import BadInput
 from saec.types import CloudError, Evidence, Opinion, Query, Reason
-from saec.vlm.answers import UnusableAnswer, no_evidence, read_evidence
-from saec.vlm.decide import Asked, Decision, five_crops, generate_evidence, p_defect, rank
-from saec.vlm.encode import ProcessorEncoder
+from saec.vlm.answers import Decision, UnusableAnswer, no_evidence, read_evidence
+from saec.vlm.decide import five_crops, generate_evidence, p_defect, rank
+from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.prefix import PrefixCache
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
@@ -34,15 +33,6 @@ logger = logging.getLogger(__name__)
 
 _RANKED = "+rank"
 """In the model id when five crops decide: another P(defect) to whoever calibrated on it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ready:
-    """A query as the model will be asked: the question, and its views as far as they can be encoded beforehand."""
-
-    question: Question
-    views: tuple[Asked, ...]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +50,16 @@ class _Serving:
         return self.vlm if self.vlm.adapter_id is None else self.vlm.base
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    """A query as the model of ``serving`` will be asked: the question, and its views encoded."""
+
+    serving: _Serving
+    question: Question
+    views: tuple[Encoded, ...]
+    seconds: float
+
+
 class TransformersBackend:
     """Judges parts with the model of ``settings.mllm``.
 
@@ -74,7 +74,9 @@ class TransformersBackend:
         self._serving: _Serving | None = None
         self._swapping = threading.Lock()
         self._ahead: Ahead[_Ready] = Ahead(
-            self._make_ready, threads=self._settings.workers, ahead=2 * settings.serve.max_batch
+            lambda query: self._ready(self._at_work(), query),
+            threads=self._settings.workers,
+            ahead=2 * settings.serve.max_batch,
         )
 
     @property
@@ -117,12 +119,13 @@ class TransformersBackend:
         begun = time.monotonic()
         answers: list[Opinion | Exception | None] = [None] * len(queries)
         ready: dict[int, _Ready] = {}
-        for place, future in enumerate(self._ahead.take(queries)):
-            result = _result(future)
-            if isinstance(result, Exception):
-                answers[place] = result
-            else:
-                ready[place] = result
+        for place, (query, future) in enumerate(zip(queries, self._ahead.take(queries), strict=True)):
+            try:
+                found = future.result()
+                # Prepared before a swap: the new adapter may have been trained at another size.
+                ready[place] = found if found.serving is serving else self._ready(serving, query)
+            except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
+                answers[place] = error
         waited = time.monotonic()
         decisions = dict(zip(ready, self._decide(serving, list(ready.values())), strict=True))
         decided = time.monotonic()
@@ -146,17 +149,12 @@ class TransformersBackend:
             raise RuntimeError("the model is not loaded: call warm_up() first")
         return self._serving
 
-    def _make_ready(self, query: Query) -> _Ready:
+    def _ready(self, serving: _Serving, query: Query) -> _Ready:
         begun = time.monotonic()
-        serving = self._at_work()
-        encoder = serving.vlm.encoder
         question = build_question(query, Ask.LABEL, serving.prompt)
-        views: tuple[Asked, ...] = (question,)
-        if self._settings.ranking:
-            views = five_crops(question, self._settings.crop_side)
-        if isinstance(encoder, ProcessorEncoder):
-            views = tuple(encoder.prepare(view) for view in views if isinstance(view, Question))
-        return _Ready(question, views, time.monotonic() - begun)
+        views = five_crops(question, self._settings.crop_side) if self._settings.ranking else (question,)
+        encoded = tuple(map(serving.vlm.encoder.prepare, views))
+        return _Ready(serving, question, encoded, time.monotonic() - begun)
 
     def _decide(self, serving: _Serving, ready: Sequence[_Ready]) -> list[Decision]:
         if not ready:
@@ -203,13 +201,6 @@ class TransformersBackend:
             timing_ms,
             diagnostics={"label_mass": decision.mass},
         )
-
-
-def _result(future: Future[_Ready]) -> _Ready | Exception:
-    try:
-        return future.result()
-    except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it
-        return error
 
 
 def _check_numbers(vlm: Vlm, decision: Decision) -> None:

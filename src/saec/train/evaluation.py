@@ -10,8 +10,8 @@ from saec.calibrate.metrics import accuracy, auroc, balanced_accuracy, confusion
 from saec.config import PromptSettings
 from saec.train.ahead import ahead, chunks
 from saec.train.rows import Example, Row, pose
-from saec.vlm.decide import Asked, p_defect
-from saec.vlm.encode import Encoder, ProcessorEncoder
+from saec.vlm.decide import p_defect
+from saec.vlm.encode import Encoded, Encoder
 from saec.vlm.load import Vlm
 from saec.vlm.prompt import Ask
 
@@ -26,9 +26,8 @@ def p_defects(vlm: Vlm, rows: Sequence[Row], prompt: PromptSettings, batch: int)
     return [decision.p_defect for questions in ahead(jobs) for decision in p_defect(vlm, questions)]
 
 
-def _questions(encoder: Encoder, rows: Sequence[Row], prompt: PromptSettings) -> list[Asked]:
-    questions = [pose(Example(row, Ask.LABEL, row.label), prompt)[0] for row in rows]
-    return [encoder.prepare(one) if isinstance(encoder, ProcessorEncoder) else one for one in questions]
+def _questions(encoder: Encoder, rows: Sequence[Row], prompt: PromptSettings) -> list[Encoded]:
+    return [encoder.prepare(pose(Example(row, Ask.LABEL, row.label), prompt)[0]) for row in rows]
 
 
 def figures(rows: Sequence[Row], p: Sequence[float]) -> dict[str, Any]:

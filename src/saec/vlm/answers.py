@@ -1,7 +1,8 @@
-"""Reading what a multimodal LLM answered about evidence: JSON held to the schema, nothing repaired."""
+"""What a multimodal LLM answered: its decision, and evidence as JSON held to the schema, nothing repaired."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +13,14 @@ from saec.vlm.geometry import to_original
 from saec.vlm.prompt import KINDS
 
 _LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """P(defect) among the two labels, and ``mass``: the probability of the two labels among all tokens."""
+
+    p_defect: float
+    mass: float
 
 
 class UnusableAnswer(ValueError):

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from transformers import GenerationConfig
 
-from saec.vlm.encode import Encoded, ProcessorEncoder
+from saec.vlm.answers import Decision
+from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm
 from saec.vlm.prefix import PrefixCache
 from saec.vlm.prompt import Question
 from saec.vlm.run import forward, on_device
 from saec.vlm.view import cut_map
 
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """P(defect) among the two labels, and ``mass``: the probability of the two labels among all tokens."""
-
-    p_defect: float
-    mass: float
-
-
 Asked = Question | Encoded
-"""A question, or what :meth:`ProcessorEncoder.prepare` made of it beforehand."""
+"""A question, or what :meth:`Encoder.prepare` made of it beforehand."""
 
 
 def p_defect(vlm: Vlm, questions: Sequence[Asked], *, prefixes: PrefixCache | None = None) -> list[Decision]:
@@ -90,8 +82,6 @@ def _label_log_probabilities(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixC
 
 def _next_token_logits(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixCache | None) -> torch.Tensor:
     encoder = vlm.encoder
-    if not isinstance(encoder, ProcessorEncoder):
-        return forward(vlm, encoder.encode([one for one in asked if isinstance(one, Question)])).logits[:, -1]
     rows = [encoder.prepare(one) if isinstance(one, Question) else one for one in asked]
     if prefixes is not None and prefixes.usable:
         logits = prefixes.next_token_logits(rows)

@@ -7,9 +7,10 @@ place*: the token that ``0`` becomes alone may be another one.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,23 +27,6 @@ IGNORED = -100
 
 Pictures = tuple[dict[str, torch.Tensor], ...]
 """The model's inputs of each image, in order."""
-
-
-class Encoder(Protocol):
-    """How questions become tensors for one model."""
-
-    tokenizer: Any
-    label_tokens: tuple[int, int]
-    """Ids of ``0`` and ``1`` as they follow the prefill."""
-
-    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for a batch of questions.
-
-        Without answers they are padded on the left, so that the next token of every row comes after the last column.
-        With answers they are padded on the right, and ``labels`` [B, L] int64 is -100 except on the answer's tokens
-        and the end-of-turn token after it.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +46,51 @@ class Encoded:
     shared_key: bytes = b""
 
 
-class ProcessorEncoder:
-    """The encoder of every model that comes with a Hugging Face processor. Thread-safe.
+class Encoder(ABC):
+    """How questions become tensors for one model. Thread-safe.
+
+    ``label_tokens`` are the ids of ``0`` and ``1`` as they follow the prefill; rows are filled up with ``padding``.
+    """
+
+    tokenizer: Any
+    label_tokens: tuple[int, int]
+    padding: int
+
+    @abstractmethod
+    def prepare(self, question: Question, answer: str | None = None) -> Encoded:
+        """Encode one question: the part of the work that needs no model and no other question."""
+
+    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for a batch of questions.
+
+        Without answers they are padded on the left, so that the next token of every row comes after the last column.
+        With answers they are padded on the right, and ``labels`` [B, L] int64 is -100 except on the answer's tokens
+        and the end-of-turn token after it.
+        """
+        if answers is None:
+            return self.collate([self.prepare(question) for question in questions])
+        rows = [self.prepare(question, answer) for question, answer in zip(questions, answers, strict=True)]
+        return self.collate(rows, pad_left=False)
+
+    def collate(self, rows: Sequence[Encoded], *, pad_left: bool = True) -> dict[str, torch.Tensor]:
+        """Return the inputs of a batch: input_ids, attention_mask (and labels) [B, L] int64, and the images'."""
+        side = "left" if pad_left else "right"
+        ids = [row.ids for row in rows]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.padding, padding_side=side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side),
+        }
+        if not pad_left:
+            batch["labels"] = pad_sequence(
+                [torch.cat([torch.full((row.answer_at,), IGNORED), row.ids[row.answer_at :]]) for row in rows],
+                batch_first=True,
+                padding_value=IGNORED,
+            )
+        return batch | stack([row.pictures for row in rows])
+
+
+class ProcessorEncoder(Encoder):
+    """The encoder of every model that comes with a Hugging Face processor.
 
     Raises:
         BadInput: a tokenizer that does not make one token each of the labels, or has no end-of-turn token.
@@ -79,21 +106,14 @@ class ProcessorEncoder:
             raise BadInput("the tokenizer has no end-of-turn token or no chat template", where=self._name)
         self._end = int(end)
         pad = self.tokenizer.pad_token_id
-        self._pad = self._end if pad is None else int(pad)
+        self.padding = self._end if pad is None else int(pad)
         self._crops = bool(getattr(processor.image_processor, "do_center_crop", False))
         self._tails = {prefill: self._render("", ["."], prefill) for prefill in (PREFILL, "")}
         good, defect = (self._label_token(label) for label in LABELS)
         self.label_tokens = (good, defect)
 
-    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Return the model's inputs; see :class:`Encoder`."""
-        if answers is None:
-            return self.collate([self.prepare(question) for question in questions])
-        rows = [self.prepare(question, answer) for question, answer in zip(questions, answers, strict=True)]
-        return self.collate(rows, pad_left=False)
-
     def prepare(self, question: Question, answer: str | None = None) -> Encoded:
-        """Encode one question: the part of the work that needs no model and no other question."""
+        """Encode one question; see :class:`Encoder`."""
         images = [item for item in question.content if not isinstance(item, str)]
         text = self._render(question.system, question.content, question.prefill)
         shown = [_pillow(self._whole(image)) for image in images]
@@ -109,22 +129,11 @@ class ProcessorEncoder:
         return Encoded(ids, pictures, answer_at, shared, len(shared_images), key)
 
     def collate(self, rows: Sequence[Encoded], *, pad_left: bool = True) -> dict[str, torch.Tensor]:
-        """Return the inputs of a batch: input_ids, attention_mask (and labels) [B, L] int64, and the images'."""
-        side = "left" if pad_left else "right"
-        ids = [row.ids for row in rows]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad, padding_side=side),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side),
-        }
+        """Return the inputs of a batch; see :class:`Encoder`."""
+        batch = super().collate(rows, pad_left=pad_left)
         if getattr(self.processor, "return_mm_token_type_ids", False):
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).long()
-        if not pad_left:
-            batch["labels"] = pad_sequence(
-                [torch.cat([torch.full((row.answer_at,), IGNORED), row.ids[row.answer_at :]]) for row in rows],
-                batch_first=True,
-                padding_value=IGNORED,
-            )
-        return batch | stack([row.pictures for row in rows])
+        return batch
 
     @property
     def _name(self) -> str:

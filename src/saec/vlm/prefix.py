@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from saec.vlm.encode import Encoded, ProcessorEncoder
+from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm
 from saec.vlm.run import bare, forward
 
@@ -46,17 +46,19 @@ class PrefixCache:
     @property
     def usable(self) -> bool:
         """Whether the model's family is known to answer the same with a cached prefix."""
-        proved = self._size > 0 and self._vlm.model.config.model_type in PROVED
-        return proved and self._whole_attention and isinstance(self._vlm.encoder, ProcessorEncoder)
+        return self._size > 0 and self._whole_attention and self._vlm.model.config.model_type in PROVED
 
     def next_token_logits(self, rows: Sequence[Encoded]) -> torch.Tensor | None:
-        """Return the logits [B, vocabulary] after each row; ``None`` if the model keeps no plain cache of them all."""
+        """Return the logits [B, vocabulary] after each row; ``None`` if the model keeps no plain cache of them all, or
+        a row shares nothing."""
+        if not all(row.shared for row in rows):
+            return None
         prefixes = [self._prefix(row) for row in rows]
         if not self._whole_attention:
             return None
         longest = max(prefix.tokens for prefix in prefixes)
         rests = [_rest(row) for row in rows]
-        batch = self._collate(rests)
+        batch = self._vlm.encoder.collate(rests)
         past = torch.stack([_right(torch.ones(prefix.tokens, dtype=torch.long), longest) for prefix in prefixes])
         batch["attention_mask"] = torch.cat([past, batch["attention_mask"]], dim=1)
         positions = [self._positions(row)[..., row.shared :] for row in rows]
@@ -76,7 +78,7 @@ class PrefixCache:
 
     def _compute(self, row: Encoded) -> _Prefix:
         head = Encoded(row.ids[: row.shared], row.pictures[: row.shared_pictures], row.shared)
-        batch = self._collate([head])
+        batch = self._vlm.encoder.collate([head])
         batch["position_ids"] = _batched([self._positions(head)])
         layers = forward(self._vlm, batch, use_cache=True).past_key_values.layers
         # A layer that sees a window only, or a state instead of keys, cannot be cut and joined as is done here.
@@ -85,17 +87,12 @@ class PrefixCache:
             return _Prefix((), row.shared)
         return _Prefix(tuple((layer.keys, layer.values) for layer in layers), row.shared)
 
-    def _collate(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        encoder = self._vlm.encoder
-        assert isinstance(encoder, ProcessorEncoder)  # noqa: S101 - usable says so
-        return encoder.collate(rows)
-
     def _positions(self, row: Encoded) -> torch.Tensor:
         """Return the position ids of a whole row: [L], or [3, L] where images have rows and columns of positions."""
         find = getattr(bare(self._vlm.model).model, "get_rope_index", None)
         if find is None:
             return torch.arange(len(row.ids))
-        batch = self._collate([row])
+        batch = self._vlm.encoder.collate([row])
         grids = batch.get("image_grid_thw")
         found: torch.Tensor = find(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=grids)[0][:, 0]
         return found

@@ -6,19 +6,15 @@ is asked. References and the close-up are left out, the anomaly map says where g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from saec.types import Heatmap, Image
-from saec.vlm.encode import IGNORED
+from saec.vlm.encode import Encoded, Encoder
 from saec.vlm.loupe.model import LoupeConfig
 from saec.vlm.prompt import LABELS, Ask, Question
 
@@ -30,8 +26,9 @@ _ASKED = {Ask.LABEL: "Is it good (0) or defective (1)?", Ask.EVIDENCE: "It is de
 _END = "<|im_end|>"
 
 
-class LoupeEncoder:
-    """Implements :class:`saec.vlm.encode.Encoder`. Thread-safe."""
+class LoupeEncoder(Encoder):
+    """Makes ``input_ids`` of a short prompt, ``pixel_values`` [B, 3, side, side] and ``anomaly_map`` [B, patches,
+    patches]."""
 
     def __init__(self, tokenizer: Tokenizer, config: LoupeConfig) -> None:
         self._config = config
@@ -40,29 +37,19 @@ class LoupeEncoder:
         self._tokens = tokenizer
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
         start, end = (int(self.tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", _END))
-        self._end = end
+        self.padding = end
         self._before = [start, *self._ids("user\n"), *[config.image_token_id] * config.image_tokens]
         self._after = [end, *self._ids("\n"), start, *self._ids("assistant\n")]
         good, defect = (self._ids(label)[0] for label in LABELS)
         self.label_tokens = (good, defect)
 
-    def encode(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` (and ``labels``) [B, L], ``pixel_values`` [B, 3, side, side] and
-        ``anomaly_map`` [B, patches, patches]; see :class:`saec.vlm.encode.Encoder` for the padding."""
-        prompts = [self._prompt(question) for question in questions]
-        tails = [[]] * len(prompts) if answers is None else [[*self._ids(answer), self._end] for answer in answers]
-        ids = [torch.tensor(prompt + tail) for prompt, tail in zip(prompts, tails, strict=True)]
-        side = "left" if answers is None else "right"
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._end, padding_side=side),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side),
-            "pixel_values": torch.from_numpy(np.stack([self._pixels(question.part) for question in questions])),
-            "anomaly_map": torch.from_numpy(np.stack([self._map(question) for question in questions])),
-        }
-        if answers is not None:
-            labels = [torch.tensor([IGNORED] * len(prompt) + tail) for prompt, tail in zip(prompts, tails, strict=True)]
-            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        return batch
+    def prepare(self, question: Question, answer: str | None = None) -> Encoded:
+        """Encode one question; see :class:`saec.vlm.encode.Encoder`."""
+        prompt = self._prompt(question)
+        reply = [] if answer is None else [*self._ids(answer), self.padding]  # which also ends a turn
+        seen = {"pixel_values": self._pixels(question.part), "anomaly_map": self._map(question)}
+        picture = {name: torch.from_numpy(values[None]) for name, values in seen.items()}
+        return Encoded(torch.tensor(prompt + reply), (picture,), len(prompt))
 
     def _prompt(self, question: Question) -> list[int]:
         text = f"\nProduct: {question.product}. {_ASKED[question.ask]}"
