@@ -34,7 +34,7 @@ def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_compares_four_ways_and_a_second_one_uses_data_and_station_again(tmp_path, cells):
-    found = saec("demo", "--out", tmp_path / "demo", "--parts", 20)
+    found = saec("demo", "--cloud", "expert", "--out", tmp_path / "demo", "--parts", 20)
     assert found.code == 0, found.err
     assert found.err == ""
     for name in RUNS:
@@ -48,15 +48,15 @@ def test_the_demo_compares_four_ways_and_a_second_one_uses_data_and_station_agai
     assert runs["cascade"].escalation <= 0.3 + 1 / 20
     page = (tmp_path / "demo" / "report.html").read_text()
     assert all(name in page for name in RUNS)
-    station = (tmp_path / "demo" / "station" / "station.json").stat().st_mtime_ns
+    station = (tmp_path / "demo" / "station-expert" / "station.json").stat().st_mtime_ns
 
     (tmp_path / "demo" / "report.html").unlink()  # as an interrupted demo leaves it: finished runs are kept
     (tmp_path / "demo" / "runs" / "random" / "manifest.json").unlink()
     begun = (tmp_path / "demo" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns
-    again = saec("demo", "--out", tmp_path / "demo", "--parts", 20)
+    again = saec("demo", "--cloud", "expert", "--out", tmp_path / "demo", "--parts", 20)
     assert again.code == 0, again.err
     assert "the one of the last demo" in again.out
-    assert (tmp_path / "demo" / "station" / "station.json").stat().st_mtime_ns == station
+    assert (tmp_path / "demo" / "station-expert" / "station.json").stat().st_mtime_ns == station
     assert (tmp_path / "demo" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns == begun
     manifest = json.loads((tmp_path / "demo" / "runs" / "random" / "manifest.json").read_text())
     assert manifest["resumed"] is True
@@ -67,15 +67,15 @@ def test_without_the_images_the_demo_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setattr(
         "saec.data.elpv.importlib.util.find_spec", lambda name: None if name == "elpv_dataset" else find(name)
     )
-    line = saec("demo", "--out", tmp_path / "demo").error()
+    line = saec("demo", "--cloud", "expert", "--out", tmp_path / "demo").error()
     assert "the package elpv-dataset is missing" in line
     assert "pip install" in line
-    assert "too few parts" in saec("demo", "--out", tmp_path / "demo", "--parts", 3).error()
+    assert "too few parts" in saec("demo", "--cloud", "expert", "--out", tmp_path / "demo", "--parts", 3).error()
 
 
 def test_a_cloud_service_that_does_not_start_is_bad_input(tmp_path, monkeypatch, cells):
     monkeypatch.setattr("saec.cli.service.PROGRAM", (sys.executable, "-c", "raise SystemExit('no weights')"))
-    line = saec("demo", "--out", tmp_path / "demo", "--parts", 20).error()
+    line = saec("demo", "--cloud", "expert", "--out", tmp_path / "demo", "--parts", 20).error()
     assert "the cloud service ended (no weights)" in line
     assert "cloud.log" in line
 

@@ -150,7 +150,8 @@ class Query:
     """What is asked of the cloud about one part. ``image`` is what the cloud sees; ``region`` is the rectangle of the
     original image that it shows (``None``: all of it, possibly smaller) and ``original_size`` is (width, height) of the
     original, so that boxes can be mapped back. ``anomaly_map`` is the edge's heatmap
-    (:attr:`EdgeResult.heatmap`) of the whole original, also when ``image`` is a crop of it."""
+    (:attr:`EdgeResult.heatmap`) of the whole original, also when ``image`` is a crop of it. Without
+    ``evidence`` only P(defect) is wanted, as for calibration: a model may leave out its second answer."""
 
     part_id: str
     product: str
@@ -160,6 +161,7 @@ class Query:
     references: tuple[Image, ...] = ()
     anomaly_map: Heatmap | None = None
     edge_p_defect: float | None = None
+    evidence: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,8 @@ def sft(
         print_json({"files": rows, "exclusion": str(files.exclusion), "left_out": files.left_out})
         return
     notes = [f"images to exclude from any test: {files.exclusion}"]
-    notes += [f"{files.left_out} images of the calibration split are in neither"] if files.left_out else []
+    other = "calibration" if val is Validation.TEST else "test"
+    notes += [f"{files.left_out} images of the {other} split are in neither"] if files.left_out else []
     print_tables(Table("Fine-tuning files", ("file", "images"), rows, notes))
 
 

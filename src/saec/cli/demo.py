@@ -6,7 +6,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,10 +35,10 @@ class Cloud(StrEnum):
     EXPERT = "expert"
 
 
-STATIONS = {Cloud.LOUPE: "station", Cloud.EXPERT: "station-expert"}
-"""Folders of the demo: a station is calibrated for the cloud that it is going to ask."""
-
 LOUPE = "loupe"
+
+PATIENCE_S = 60.0
+"""Shortest deadline of a question to the cloud."""
 
 
 def demo(
@@ -57,8 +58,6 @@ def demo(
     elpv-dataset package. A second call uses data and station again; an interrupted one goes on where it was.
     """
     from saec.cli.console import print_tables, say, say_path
-    from saec.cli.service import service_process
-    from saec.cloud.client import HttpCloudClient, probe
     from saec.data.elpv import build_elpv
     from saec.evaluate.arms import comparison
     from saec.evaluate.report import RunFolder, write_report
@@ -68,23 +67,20 @@ def demo(
     if parts < 8:
         raise BadInput("too few parts to compare anything", where=f"--parts {parts}", fix="at least 8")
     settings = settings_of(config, set_)
+    # On a machine without a GPU a multimodal LLM takes seconds for a batch; nobody waits for a part here.
+    patient = settings.cloud.model_copy(update={"timeout_s": max(settings.cloud.timeout_s, PATIENCE_S)})
+    settings = settings.model_copy(update={"cloud": patient})
     manifest = build_elpv(out / "data")
     say(f"1  Data: {len(manifest.entries)} photographs of solar cells, split by content, the same image never twice.")
-    if cloud is Cloud.LOUPE:
-        _pull_loupe()
-    station = _station(out / STATIONS[cloud], dataset_of(out / "data", settings), settings, cloud)
-    chosen = sample(dataset_of(out / "data", settings).select(split="test").parts, parts)
-    say(f"3  Inspecting {len(chosen)} cells that nobody has seen yet, in four ways; the cloud is a process of its own.")
+    dataset = dataset_of(out / "data", settings)
+    chosen = sample(dataset.select(split="test").parts, parts)
     if (out / REPORT).is_file():  # the last demo came to its end: this is a new one
         shutil.rmtree(out / "runs", ignore_errors=True)
         (out / REPORT).unlink()
-    command = ["cloud", "serve", "--port", "0", *_backend(cloud, out / STATIONS[cloud])]
-    with service_process(command, out / "cloud.log") as url:
-        client = HttpCloudClient(url, settings.cloud, model_id=probe(url, settings.cloud).model_id)
-        try:
-            summaries = run_arms(chosen, station, settings, client, out / "runs")
-        finally:
-            client.close()
+    asked = _ask_loupe if cloud is Cloud.LOUPE else _ask_expert
+    with asked(out, dataset, settings) as (station, client):
+        say(f"3  Inspecting {len(chosen)} cells that nobody has seen yet, in four ways; the cloud is its own process.")
+        summaries = run_arms(chosen, station, settings, client, out / "runs")
     print_tables(comparison(summaries, title=f"{len(chosen)} solar cells of ELPV, mono and poly"))
     say(verdict(summaries))
     write_report([RunFolder.load(out / "runs" / name) for name in summaries], out / REPORT)
@@ -92,21 +88,42 @@ def demo(
     say_path("Report (one file, opens offline in any browser):", (out / REPORT).resolve())
 
 
-def _backend(cloud: Cloud, station: Path) -> list[str]:
-    if cloud is Cloud.EXPERT:
-        return ["--backend", "expert", "--station", str(station)]
-    return ["--backend", "transformers", "--model", LOUPE]
-
-
-def _pull_loupe() -> None:
-    """Bring the parts of Loupe here, unless they are."""
+@contextmanager
+def _ask_loupe(out: Path, dataset: Dataset, settings: Settings) -> Iterator[tuple[Station, CloudClient]]:
+    """Start Loupe as the cloud, and calibrate the station with what it says of held-out cells."""
+    from saec.cli.console import say
     from saec.cli.models import pulled
 
     pulled(LOUPE)
+    say("   Cloud: Loupe, a multimodal LLM of 160 million parameters, as a service on this machine.")
+    with _service(["--backend", "transformers", "--model", LOUPE], out, settings) as (url, client):
+        yield _station(out / "station", dataset, settings, cloud=url), client
 
 
-def _station(folder: Path, dataset: Dataset, settings: Settings, cloud: Cloud) -> Station:
-    """Return the station of an earlier demo where it still fits, else fit one."""
+@contextmanager
+def _ask_expert(out: Path, dataset: Dataset, settings: Settings) -> Iterator[tuple[Station, CloudClient]]:
+    """Fit an expert with the station, and start it as the cloud."""
+    folder = out / "station-expert"
+    station = _station(folder, dataset, settings, cloud=None)
+    with _service(["--backend", "expert", "--station", str(folder)], out, settings) as (_, client):
+        yield station, client
+
+
+@contextmanager
+def _service(backend: Sequence[str], out: Path, settings: Settings) -> Iterator[tuple[str, CloudClient]]:
+    from saec.cli.service import service_process
+    from saec.cloud.client import HttpCloudClient, probe
+
+    with service_process(["cloud", "serve", "--port", "0", *backend], out / "cloud.log") as url:
+        client = HttpCloudClient(url, settings.cloud, model_id=probe(url, settings.cloud).model_id)
+        try:
+            yield url, client
+        finally:
+            client.close()
+
+
+def _station(folder: Path, dataset: Dataset, settings: Settings, *, cloud: str | None) -> Station:
+    """Return the station of an earlier demo where it still fits, else fit one: for a cloud, or with an expert."""
     from saec.cli.console import say, steps
     from saec.cli.fit import fit_into, statement, stepper
 
@@ -119,9 +136,8 @@ def _station(folder: Path, dataset: Dataset, settings: Settings, cloud: Cloud) -
             say(f"2  The station of the last demo cannot be used ({error.what}): fitting another.")
     shutil.rmtree(folder.parent / "runs", ignore_errors=True)
     begun = time.monotonic()
-    asked = "mllm" if cloud is Cloud.LOUPE else None
     with steps() as progress:
-        fit_into(folder, dataset, settings, expert=asked is None, cloud=asked, progress=stepper(progress))
+        fit_into(folder, dataset, settings, expert=cloud is None, cloud=cloud, progress=stepper(progress))
     station = load_station(folder, settings)
     say(f"2  Station: fitted on good cells, calibrated on others, in {time.monotonic() - begun:.0f} s.")
     for product in station.products:

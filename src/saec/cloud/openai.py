@@ -98,7 +98,7 @@ class OpenAIBackend:
             decided = time.monotonic()
             timing_ms = {"prompt": (built - begun) * 1e3, "label": (decided - built) * 1e3}
             evidence = Evidence(source=self.model_id)
-            if label.p_defect >= self._settings.tau:
+            if query.evidence and label.p_defect >= self._settings.tau:
                 evidence = self._evidence(ask_evidence(question), query)
                 timing_ms["evidence"] = (time.monotonic() - decided) * 1e3
         except Exception as error:  # noqa: BLE001 - an odd image must not fail the batch; the service reports it

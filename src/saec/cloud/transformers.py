@@ -167,7 +167,8 @@ class TransformersBackend:
         self, serving: _Serving, queries: Sequence[Query], ready: dict[int, _Ready], decisions: dict[int, Decision]
     ) -> dict[int, Evidence]:
         """Return evidence for the defects among the decisions, or the record of why there is none."""
-        places = [place for place, decision in decisions.items() if self._is_defect(decision)]
+        wanted = [place for place, decision in decisions.items() if queries[place].evidence]
+        places = [place for place in wanted if self._is_defect(decisions[place])]
         if not places:
             return {}
         source = serving.model_id

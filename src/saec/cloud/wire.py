@@ -85,6 +85,7 @@ class _Question(_Message):
     region: Annotated[list[Pixel], Field(min_length=4, max_length=4)] | None = None
     edge_p_defect: Probability | None = None
     references: Annotated[list[Sha256], Field(max_length=8)] = []
+    evidence: bool = True
     image: _Blob
     anomaly_map: _MapPart | None = None
 
@@ -163,6 +164,7 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
             region=None if region is None else [region.x1, region.y1, region.x2, region.y2],
             edge_p_defect=None if query.edge_p_defect is None else float(query.edge_p_defect),
             references=list(references),
+            evidence=query.evidence,
             image=_Blob.of(image),
             anomaly_map=map_part,
         )
@@ -205,6 +207,7 @@ class Question:
             references=tuple(references[name] for name in head.references),
             anomaly_map=_unpack_map(head.anomaly_map, self.anomaly_map),
             edge_p_defect=head.edge_p_defect,
+            evidence=head.evidence,
         )
 
 

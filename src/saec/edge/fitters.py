@@ -135,6 +135,7 @@ class Fitter(ABC):
             original_size=(image.shape[1], image.shape[0]),
             references=(reference,),
             anomaly_map=None if scored.seen.heatmap is None else relative(scored.seen.heatmap, level),
+            evidence=False,
         )
         try:
             return self.cloud.judge(query, deadline_s=self.settings.cloud.timeout_s).p_defect

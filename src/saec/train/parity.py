@@ -92,7 +92,7 @@ def _adapter_gates(folder: Path, settings: Settings, serve: Serve, rows: Sequenc
     learnt = as_trained(base, folder)
     trained = teacher_forced(learnt, rows, prompt_of(folder, mllm))
     merged = merge(learnt)
-    merged_p = _p(merged, rows, mllm)
+    merged_p = _p(merged, rows, prompt_of(folder, mllm))
     del base, learnt, merged
     gc.collect()  # a 7-billion-parameter model in float32 fits once
     alone, together = _served(settings, serve, rows)
