@@ -115,6 +115,15 @@ def test_only_defects_are_asked_a_second_time(folders, monkeypatch):
         assert ("evidence" in answer.timing_ms) == (answer.p_defect >= tau)
 
 
+def test_who_wants_p_defect_alone_does_not_wait_for_evidence(folders, monkeypatch):
+    asked = says(monkeypatch, json.dumps(EVIDENCE))
+    queries = [part(0, evidence=False), part(1), part(2, evidence=False)]
+    with backend_of(folders["llava"], tau=0.0) as backend:
+        found = opinions(backend.judge(queries))
+    assert asked == [1]
+    assert ["evidence" in answer.timing_ms for answer in found] == [False, True, False]
+
+
 def test_boxes_are_in_pixels_of_the_original(folders, monkeypatch):
     says(monkeypatch, json.dumps(EVIDENCE))
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)

@@ -50,9 +50,10 @@ def test_a_question_arrives_as_it_was_asked(
 ) -> None:
     image = np.full((size[1], size[0], 3), 128, np.uint8)
     region = Box(3, 5, 3 + size[0], 5 + size[1]) if crop else None
-    asked = Query(part_id, product, image, (100, 100), region=region, edge_p_defect=p)
+    asked = Query(part_id, product, image, (100, 100), region=region, edge_p_defect=p, evidence=p != 0.5)
     arrived = back(body_of(asked))
     assert (arrived.part_id, arrived.product, arrived.edge_p_defect) == (part_id, product, p)
+    assert arrived.evidence == asked.evidence
     assert (arrived.original_size, arrived.region) == ((100, 100), region)
     assert arrived.image.shape == image.shape
     assert np.abs(arrived.image.astype(int) - image).max() <= 1
