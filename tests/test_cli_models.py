@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,12 @@ def test_a_pull_that_fails_is_one_line(tmp_path):
     bad = WORDS[:-1] + b"!"
     line = saec("models", "pull", "tiny", "--from", write(tmp_path / "bad", BYTES | {"words.gguf": bad})).error()
     assert sha256(bad) in line and sha256(WORDS) in line
+
+
+@pytest.mark.parametrize("module", ["saec.train.release", "saec.evaluate.bench_table", "saec.cli.asked"])
+def test_comparing_hashes_and_evaluating_need_no_extra(module):
+    code = f"import {module}, sys; assert not {{'torch', 'peft', 'transformers', 'gguf'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_verify_holds_the_files_to_their_hashes_without_loading_a_model(tmp_path, cache):

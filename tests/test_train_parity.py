@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from saec.train.loop import train
 from saec.train.parity import verify_adapter, verify_model
 from saec.train.probe import made_rows
 from saec.train.release import release
+from saec.train.rows import query_of, read_rows
 from saec.types import Backend, Opinion, Query
 from saec.vlm.load import load_vlm
 from tiny_vlms import save_tiny
@@ -134,7 +137,7 @@ def test_the_gates_compare_answers_that_depend_on_the_image(root):
     vlm = load_vlm(
         MllmSettings(model=str(root / "tiny-qwen2.5-vl"), adapter=root / "qwen2.5-vl-adapter", dtype="float32")
     )
-    rows = parity.read_rows(root / "probe.jsonl")
+    rows = read_rows(root / "probe.jsonl")
     with_adapter = parity.teacher_forced(vlm, rows, SETTINGS.mllm)
     bare = parity.teacher_forced(load_vlm(MllmSettings(model=str(root / "tiny-qwen2.5-vl"))), rows, SETTINGS.mllm)
     assert max(with_adapter) - min(with_adapter) > 20 * parity.LIMIT
@@ -192,7 +195,13 @@ def exact(root: Path) -> Settings:
 
 
 def queries(root: Path) -> list[Query]:
-    return [parity.query_of(row) for row in parity.read_rows(root / "probe.jsonl")]
+    return [query_of(row) for row in read_rows(root / "probe.jsonl")]
+
+
+def test_an_answer_that_is_no_number_is_no_parity(root):
+    answers = count(1)
+    report = check(root, serve=lambda how: Changed(serve(how), lambda p, n: math.nan if next(answers) == 3 else p))
+    assert failed(report) == {"alone and in a batch: largest |ΔP|"}
 
 
 def test_merged_weights_that_were_changed_are_caught(root, monkeypatch):
@@ -293,12 +302,14 @@ def run(root: Path) -> Path:
 
 def test_what_was_trained_is_verified_and_released_by_one_command(root, run, tmp_path):
     out = tmp_path / "release"
-    options = ("--set", f"mllm.max_side={SIDE}", "--probe", root / "probe.jsonl")
+    options = ("--probe", root / "probe.jsonl")  # served at the size of the training without being told
     found = saec("models", "verify", run, *options, "--release", out)
     assert found.code == 0, found.err
     assert all(name in found.out for name in NAMES)
     assert json.loads((out / "train.json").read_text())["settings"]["max_side"] == SIDE
-    tree = json.loads(saec("models", "verify", out, *options, "--json").out)
+    assert not any(str(root).encode() in file.read_bytes() for file in out.iterdir()), "where it was made is in it"
+    assert "pass --model" in saec("models", "verify", out, *options).error()
+    tree = json.loads(saec("models", "verify", out, "--model", root / "tiny-qwen2.5-vl", *options, "--json").out)
     assert tree["passed"] is True
     assert tree["n"] == 6
 

@@ -17,8 +17,9 @@ from torch import nn
 from saec.errors import BadInput
 from saec.train.config import TrainSettings
 from saec.train.files import replace_folder, sync
-from saec.vlm.adapter import WEIGHTS, save_adapter, with_adapter
+from saec.vlm.adapter import save_adapter, with_adapter
 from saec.vlm.load import Vlm
+from saec.vlm.trained import WEIGHTS
 
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|image_encoder)(\.|$)")
 """Names that the families give their vision towers."""

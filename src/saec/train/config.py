@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from saec.config import Section
+from saec.config import PromptSettings, Section
 from saec.errors import BadInput
 
 PRESETS = files("saec.train") / "presets"
@@ -87,6 +87,11 @@ class TrainSettings(Section):
     )
     checkpoint_every: int = Field(100, ge=1, description="Steps of the optimizer between two checkpoints.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; none leaves it to the library.")
+
+    @property
+    def prompt(self) -> PromptSettings:
+        """How questions are put in this run; the adapter is served with the same."""
+        return PromptSettings(max_side=self.max_side, side_multiple=self.side_multiple)
 
 
 def load_train_settings(

@@ -8,6 +8,7 @@ float32 within :data:`LIMIT`, and the same label for every image. A release is w
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +24,16 @@ from saec.config import MllmSettings, PromptSettings, Settings
 from saec.errors import BadInput
 from saec.train.ahead import chunks
 from saec.train.gates import Gate, Report, files_gate
-from saec.train.probe import made_rows, query_of
-from saec.train.release import base_of, check_adapter, check_files, prompt_of
-from saec.train.rows import Example, Row, pose, read_rows
+from saec.train.probe import made_rows
+from saec.train.release import base_of, check_files, trained_with
+from saec.train.rows import Example, Row, pose, query_of, read_rows
 from saec.types import Backend, Opinion, Query
-from saec.vlm.adapter import WEIGHTS
 from saec.vlm.decide import p_defect
+from saec.vlm.encode import IGNORED
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.prompt import Ask
+from saec.vlm.run import on_device
+from saec.vlm.trained import WEIGHTS, check_adapter
 
 LIMIT = 1e-3
 """Largest difference of P(defect) between two ways of asking the same model in float32."""
@@ -89,10 +92,11 @@ def _adapter_gates(folder: Path, settings: Settings, serve: Serve, rows: Sequenc
         load_vlm(mllm, base=base)
     except BadInput as error:
         return [Gate("adapters that do not fit their base", 0, 1, error.what)]
-    learnt = as_trained(base, folder)
-    trained = teacher_forced(learnt, rows, prompt_of(folder, mllm))
+    learnt, run = as_trained(base, folder), trained_with(folder)
+    prompt = mllm if run is None else run.prompt
+    trained = teacher_forced(learnt, rows, prompt)
     merged = merge(learnt)
-    merged_p = _p(merged, rows, prompt_of(folder, mllm))
+    merged_p = _p(merged, rows, prompt)
     del base, learnt, merged
     gc.collect()  # a 7-billion-parameter model in float32 fits once
     alone, together = _served(settings, serve, rows)
@@ -124,9 +128,9 @@ def teacher_forced(vlm: Vlm, rows: Sequence[Row], prompt: PromptSettings) -> lis
         posed = [pose(Example(row, Ask.LABEL, row.label), prompt) for row in chunk]
         inputs = vlm.encoder.encode([asked for asked, _ in posed], [answer for _, answer in posed])
         targets = inputs.pop("labels")[:, 1:]  # the state before a token predicts it
-        at = (targets != -100).int().argmax(dim=1)
+        at = (targets != IGNORED).int().argmax(dim=1)
         with torch.inference_mode():
-            logits = vlm.model(**{name: value.to(vlm.device) for name, value in inputs.items()}).logits
+            logits = vlm.model(**on_device(vlm, inputs)).logits
         answer = logits[torch.arange(len(chunk)), at][:, list(vlm.encoder.label_tokens)].float()
         found += answer.softmax(dim=-1)[:, 1].tolist()
     return found
@@ -159,13 +163,13 @@ def _p(vlm: Vlm, rows: Sequence[Row], prompt: PromptSettings) -> list[float]:
     found: list[float] = []
     for chunk in chunks(rows, BATCH):
         questions = [pose(Example(row, Ask.LABEL, row.label), prompt)[0] for row in chunk]
-        with torch.inference_mode():
-            found += [decision.p_defect for decision in p_defect(vlm, questions)]
+        found += [decision.p_defect for decision in p_defect(vlm, questions)]
     return found
 
 
-def _gap(one: Sequence[float], other: Sequence[float]) -> float:
-    return max(abs(p - q) for p, q in zip(one, other, strict=True))
+def _gap(one: Sequence[float], other: Sequence[float]) -> float | None:
+    gaps = [abs(p - q) for p, q in zip(one, other, strict=True)]
+    return None if any(map(math.isnan, gaps)) else max(gaps)  # max() would overlook a NaN that is not the first
 
 
 def _batch_gate(alone: Sequence[float], together: Sequence[float]) -> Gate:

@@ -12,12 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from saec.data.decode import UnreadableImage, read_image
 from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
-from saec.errors import BadInput
 from saec.train.rows import Row, read_rows
-from saec.types import Heatmap, Image, Query
+from saec.types import Heatmap, Image
 
 SIZES = ((160, 160), (112, 168), (196, 140), (224, 84))
 """(height, width) of the made plates."""
@@ -49,21 +47,6 @@ def made_rows(folder: Path, count: int = 16) -> list[Row]:
         lines.append(json.dumps(row) + "\n")
     write_atomic(folder / "probe.jsonl", "".join(lines))
     return read_rows(folder / "probe.jsonl")
-
-
-def query_of(row: Row) -> Query:
-    """Return what a station would ask the cloud about the row's image.
-
-    Raises:
-        BadInput: the image or its anomaly map cannot be read.
-    """
-    try:
-        image = read_image(row.image)
-        heatmap: Heatmap | None = None if row.anomaly_map is None else np.load(row.anomaly_map, allow_pickle=False)
-    except (UnreadableImage, OSError, ValueError) as error:
-        raise BadInput(f"unreadable probe ({error})", where=row.image) from None
-    height, width = image.shape[:2]
-    return Query(row.part_id, row.product, image, (width, height), anomaly_map=heatmap)
 
 
 def _plate(number: int, *, scratched: bool) -> tuple[Image, Heatmap]:

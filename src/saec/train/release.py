@@ -7,31 +7,19 @@ import shutil
 from pathlib import Path
 
 from saec import __version__
-from saec.config import PromptSettings
 from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.train.config import TrainSettings, make_train_settings
 from saec.train.files import replace_folder, sync
 from saec.train.gates import Report
-from saec.vlm.adapter import WEIGHTS
 from saec.vlm.registry import FileCheck, names
-from saec.vlm.trained import TRAINED_ON, read_record, run_record
+from saec.vlm.trained import CONFIG, TRAINED_ON, WEIGHTS, read_record, run_record
 
 RECORD = "parity.json"
 """What a release says about itself: the gates it passed, and the SHA-256 of its files."""
 
 FORMAT = "saec-parity/1"
-
-
-def check_adapter(folder: Path) -> None:
-    """Refuse a folder that holds no adapter.
-
-    Raises:
-        BadInput: a file is missing.
-    """
-    if not (folder / WEIGHTS).is_file() or not (folder / "adapter_config.json").is_file():
-        raise BadInput("no adapter here", where=folder, fix=f"it must hold adapter_config.json and {WEIGHTS}")
 
 
 def base_of(folder: Path) -> str:
@@ -43,7 +31,7 @@ def base_of(folder: Path) -> str:
     settings = trained_with(folder)
     named = None if settings is None else settings.model
     if named is None:
-        named = str(read_record(folder / "adapter_config.json").get("base_model_name_or_path"))
+        named = str(read_record(folder / CONFIG).get("base_model_name_or_path"))
     if named in names() or (Path(named) / "config.json").is_file():
         return named
     raise BadInput(f"the adapter's base {named} is not known here", where=folder, fix="pass --model NAME or FOLDER")
@@ -103,6 +91,7 @@ def release(folder: Path, out: Path, report: Report) -> None:
         beside.mkdir(parents=True)
         for file in (*_files(folder), *_of_the_run(folder)):
             shutil.copyfile(file, beside / file.name)
+        _without_paths(run_record(beside))
         hashes = {file.name: sha256_file(file) for file in _files(beside)}
         # Names, not paths: a release says nothing about the machine that it was made on.
         about = report.to_json() | {"model": Path(report.model).name, "adapter": None, "probe": Path(report.probe).name}
@@ -115,12 +104,14 @@ def release(folder: Path, out: Path, report: Report) -> None:
         raise BadInput("cannot write the release", where=out, fix=error.strerror or "check the disk") from None
 
 
-def prompt_of(folder: Path, served: PromptSettings) -> PromptSettings:
-    """Return how questions were put when the adapter was trained; as they are served where nobody says."""
-    settings = trained_with(folder)
-    if settings is None:
-        return served
-    return PromptSettings(max_side=settings.max_side, side_multiple=settings.side_multiple)
+def _without_paths(record: Path | None) -> None:
+    """Keep of a run's record the names of base and former adapter, not where they lay on this machine."""
+    if record is None:
+        return
+    run = read_record(record)
+    settings = run.get("settings", {})
+    settings |= {key: Path(settings[key]).name for key in ("model", "adapter") if settings.get(key)}
+    write_atomic(record, json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _of_the_run(folder: Path) -> list[Path]:

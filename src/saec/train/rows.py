@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from saec.config import PromptSettings, Section
 from saec.data.decode import UnreadableImage, read_image
 from saec.errors import BadInput, first_problem
 from saec.train.config import TrainSettings
-from saec.types import Heatmap, Image, Query
+from saec.types import Heatmap, Query
 from saec.vlm.prompt import KINDS, Ask, Question, build_question
 
 Pixel = TypeVar("Pixel", np.uint8, np.float32)
@@ -153,27 +153,34 @@ def epoch_plan(rows: Sequence[Row], settings: TrainSettings, epoch: int) -> list
     return [examples[at] for at in rng.permutation(len(examples))]
 
 
+def query_of(row: Row) -> Query:
+    """Return what a station would ask the cloud about the row's image.
+
+    Raises:
+        BadInput: the image or the anomaly map cannot be read.
+    """
+    try:
+        image = read_image(row.image)
+    except UnreadableImage as error:
+        raise BadInput("unreadable image", where=row.image, fix=error.why) from None
+    height, width = image.shape[:2]
+    heatmap = None if row.anomaly_map is None else _read_map(row.anomaly_map)
+    return Query(row.part_id, row.product, image, (width, height), anomaly_map=heatmap)
+
+
 def pose(example: Example, settings: PromptSettings) -> tuple[Question, str]:
     """Return the question as the model is asked when it serves, and the answer it shall give.
 
     Raises:
         BadInput: the image or the anomaly map cannot be read.
     """
-    row = example.row
-    image = _read(row.image)
-    heatmap = None if row.anomaly_map is None else _read_map(row.anomaly_map)
-    height, width = image.shape[:2]
-    query = Query(
-        part_id=row.part_id,
-        product=row.product,
-        image=_flipped(image, example),
-        original_size=(width, height),
-        anomaly_map=None if heatmap is None else _flipped(heatmap, example),
-    )
+    query = query_of(example.row)
+    heatmap = None if query.anomaly_map is None else _flipped(query.anomaly_map, example)
+    query = replace(query, image=_flipped(query.image, example), anomaly_map=heatmap)
     question = build_question(query, example.ask, settings)
     if example.ask is Ask.LABEL:
         return question, str(example.label)
-    return question, _evidence_answer(example, (width, height), question.seen)
+    return question, _evidence_answer(example, query.original_size, question.seen)
 
 
 def _evidence_answer(example: Example, size: tuple[int, int], seen: tuple[int, int]) -> str:
@@ -199,13 +206,6 @@ def _seen_box(
     # Outwards, so that a box is never empty; the tolerance keeps 7.000000001 from becoming 8.
     low = math.floor(x1 * across + 1e-6), math.floor(y1 * down + 1e-6)
     return [*low, math.ceil(x2 * across - 1e-6), math.ceil(y2 * down - 1e-6)]
-
-
-def _read(path: Path) -> Image:
-    try:
-        return read_image(path)
-    except UnreadableImage as error:
-        raise BadInput("unreadable image", where=path, fix=error.why) from None
 
 
 def _read_map(path: Path) -> Heatmap:

@@ -23,8 +23,8 @@ from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.vlm.load import LOADING, Vlm
 from saec.vlm.prompt import VERSION
+from saec.vlm.trained import CONFIG, WEIGHTS, check_adapter, read_record
 
-WEIGHTS = "adapter_model.safetensors"
 ORIGIN = "saec.json"
 
 
@@ -34,9 +34,7 @@ def with_adapter(base: Vlm, folder: Path) -> Vlm:
     Raises:
         BadInput: no adapter there, or one whose weights do not fit the base one by one.
     """
-    if not (folder / WEIGHTS).is_file() or not (folder / "adapter_config.json").is_file():
-        fix = f"it must hold adapter_config.json and {WEIGHTS}"
-        raise BadInput("no adapter here", where=folder, fix=fix)
+    check_adapter(folder)
     _check_origin(base, folder)
     try:
         with warnings.catch_warnings():
@@ -69,11 +67,11 @@ def save_adapter(model: Any, folder: Path, base: Vlm) -> None:
 def _check_origin(base: Vlm, folder: Path) -> None:
     """Compare with what PEFT, and for adapters of our own also we, wrote about the base beside the weights."""
     try:
-        made_for = (_read_json(folder / "adapter_config.json").get("auto_mapping") or {}).get("base_model_class")
+        made_for = (read_record(folder / CONFIG).get("auto_mapping") or {}).get("base_model_class")
         own = (folder / ORIGIN).is_file()
-        origin = _read_json(folder / ORIGIN) if own else {}
+        origin = read_record(folder / ORIGIN) if own else {}
         theirs, prompt = (origin["fingerprint"], origin["prompt"]) if own else (base.fingerprint, VERSION)
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError, KeyError) as error:
+    except (AttributeError, KeyError) as error:
         raise BadInput(f"the adapter is damaged ({error})", where=folder) from None
     if theirs != base.fingerprint or made_for not in (None, type(base.model).__name__):
         what = f"the adapter was made for another base ({origin.get('base', made_for)}), not for this {base.base_id}"
@@ -81,13 +79,6 @@ def _check_origin(base: Vlm, folder: Path) -> None:
     if prompt != VERSION:
         what = f"the adapter was trained with prompt {prompt}, this version asks {VERSION}"
         raise BadInput(what, where=folder, fix="train it again")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file.name} holds no object")
-    return tree
 
 
 def _check_weights(model: Any, saved: dict[str, torch.Tensor], base: Vlm, folder: Path) -> None:

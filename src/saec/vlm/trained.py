@@ -1,13 +1,13 @@
 """How an adapter wants to be served: as it was trained. Read from the record that lies with it; no torch.
 
-``saec train`` writes ``train.json`` into the run's folder, and a release holds a copy beside its adapter.
+``saec train`` writes ``run.json``, and at its end ``train.json``, into the run's folder, and a release holds a copy
+beside its adapter.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,29 @@ from saec.errors import BadInput
 LOUPE = "loupe"
 """Name of the model whose adapter ships with this package."""
 
-SHIPPED = Path(str(files("saec.vlm.loupe"))) / "adapter"
+SHIPPED = Path(__file__).parent / "loupe" / "adapter"
 """Loupe's released adapter: LoRA on the language model, the projector, parity record, and model card."""
 
-RUN = "train.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""What every adapter's folder holds; PEFT's names."""
+
+RUN, BEGUN = "train.json", "run.json"
+"""Records of a training run, finished and begun; both hold its ``settings``."""
+
 TRAINED_ON = "trained_on.txt"
-"""Beside it: the SHA-256 of every image that trained."""
+"""Beside them: the SHA-256 of every image that trained."""
 
 _SIZES = ("max_side", "side_multiple")
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        BadInput: a file is missing.
+    """
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise BadInput("no adapter here", where=folder, fix=f"it must hold {CONFIG} and {WEIGHTS}")
 
 
 def as_trained(settings: MllmSettings) -> MllmSettings:
@@ -44,8 +59,12 @@ def as_trained(settings: MllmSettings) -> MllmSettings:
 
 
 def run_record(adapter: Path) -> Path | None:
-    """Return ``train.json`` of the run that wrote the adapter: beside it in a release, above it in a run's folder."""
-    return next((path for path in (adapter / RUN, adapter.parent / RUN) if path.is_file()), None)
+    """Return the record of the run that wrote the adapter: beside it in a release, above it in a run's folder.
+
+    Of a run that is not finished, or never will be, it is the one of its beginning.
+    """
+    places = (folder / name for folder in (adapter, adapter.parent) for name in (RUN, BEGUN))
+    return next((path for path in places if path.is_file()), None)
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -57,7 +76,7 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BadInput(f"cannot read the record ({error})", where=file) from None
+        raise BadInput(f"damaged record ({error})", where=file) from None
     if not isinstance(found, dict):
         raise BadInput("not a record", where=file)
     return found

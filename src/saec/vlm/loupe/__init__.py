@@ -7,8 +7,6 @@ with the model card.
 
 from __future__ import annotations
 
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +21,6 @@ from saec.vlm.registry import ModelFiles, entry
 
 if TYPE_CHECKING:
     from saec.vlm.load import Vlm
-
-ADAPTER = Path(str(files("saec.vlm.loupe"))) / "adapter"
-"""The released adapter: LoRA on the language model, the projector, and the model card."""
 
 
 def load_loupe(found: ModelFiles, settings: MllmSettings) -> Vlm:
