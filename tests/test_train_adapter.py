@@ -16,7 +16,7 @@ from saec.errors import BadInput
 from saec.train import adapter
 from saec.train.config import TrainSettings, load_train_settings
 from saec.train.evaluation import p_defects
-from saec.train.loop import prompt_settings, train
+from saec.train.loop import train
 from saec.train.rows import read_rows
 from saec.vlm.adapter import with_adapter
 from saec.vlm.load import Vlm, load_vlm
@@ -102,7 +102,7 @@ def test_a_tuned_adapter_with_its_projector_is_served_with_the_very_same_answers
     given = (f"model={folder / family}", "threads=1", "lr=0.02", "train_projector=true", "keep=last")
     settings = load_train_settings(preset="tiny", overrides=given)
     result = train(settings, folder / "train.jsonl", folder / "val.jsonl", tmp_path / "run", load=load)
-    rows, prompt = read_rows(folder / "val.jsonl"), prompt_settings(settings)
+    rows, prompt = read_rows(folder / "val.jsonl"), settings.prompt
     served = load_vlm(MllmSettings(model=settings.model, dtype="float32", adapter=result.release))
     assert json.loads((result.release / "adapter_config.json").read_text())["base_model_name_or_path"] == family
     p = p_defects(served, rows, prompt, batch=4)
@@ -120,7 +120,7 @@ def test_nf4_trains_on_a_cpu_through_the_evaluations_between_its_epochs_and_is_s
     summary = json.loads((tmp_path / "run" / "train.json").read_text())
     assert summary["model"].endswith("@nf4")
     rows = read_rows(folder / "val.jsonl")
-    again = p_defects(served, rows, prompt_settings(settings), batch=4)
+    again = p_defects(served, rows, settings.prompt, batch=4)
     truth = [row.label for row in rows]
     best = summary["epochs"][summary["best_epoch"]]
     assert sum((p >= 0.5) == (label == 1) for p, label in zip(again, truth, strict=True)) / 4 == best["accuracy"]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from torch import nn
 
 import train_tiny
+from saec.config import MllmSettings
 from saec.data.hashing import sha256_file
 from saec.data.verify import content_hashes
 from saec.errors import BadInput, GateFailed
+from saec.fleet.sqlite_file import lock
 from saec.train import checkpoint
 from saec.train.ahead import ahead
 from saec.train.loop import Interrupted, TrainResult, answer_loss, train
 from saec.vlm.load import Vlm
+from saec.vlm.trained import as_trained
 from train_rows import make_files, row, write_rows
 from train_tiny import TinyModel, load_tiny, settings_for
 
@@ -271,6 +275,20 @@ def test_other_settings_other_data_and_a_foreign_folder_are_refused_by_name(rows
         run(rows, "images")
 
 
+def test_two_processes_never_train_in_one_folder(rows: Path):
+    (rows / "run").mkdir()
+    with closing(lock(rows / "run" / "run.json")), pytest.raises(BadInput, match="other process that trains here"):
+        run(rows, "run", "epochs=1")
+    run(rows, "run", "epochs=1")
+
+
+def test_an_adapter_of_an_unfinished_run_is_served_at_the_size_of_its_training(rows: Path):
+    with pytest.raises(Interrupted):
+        run(rows, "run", watcher=Stops(15))  # after the first epoch
+    served = as_trained(MllmSettings(adapter=rows / "run" / "best"))
+    assert (served.max_side, served.side_multiple) == (56, 28)
+
+
 # -- figures that would be lies
 
 
@@ -288,6 +306,15 @@ def test_a_group_in_both_files_stops_the_run(rows: Path):
         file.write(json.dumps(row(rows, 5000, label=0, split="val", group="g3")) + "\n")
     with pytest.raises(GateFailed, match=r"share the group g3: .*images/3\.png and .*images/5000\.png"):
         run(rows, "run")
+
+
+def test_what_was_refused_leaves_the_folder_free_for_the_corrected_command(rows: Path):
+    val = (rows / "val.jsonl").read_text()
+    (rows / "val.jsonl").write_text((rows / "train.jsonl").read_text())
+    with pytest.raises(GateFailed, match="share"):
+        run(rows, "run", "epochs=1")
+    (rows / "val.jsonl").write_text(val)
+    assert not run(rows, "run", "epochs=1").repeated
 
 
 def test_an_image_that_changed_since_its_row_was_written_is_refused(rows: Path):

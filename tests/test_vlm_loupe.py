@@ -18,7 +18,7 @@ from saec.config import MllmSettings, PromptSettings
 from saec.errors import BadInput
 from saec.train.config import load_train_settings
 from saec.train.evaluation import p_defects
-from saec.train.loop import prompt_settings, train
+from saec.train.loop import train
 from saec.train.rows import read_rows
 from saec.types import Query
 from saec.vlm.adapter import with_adapter
@@ -145,11 +145,11 @@ def test_tower_language_model_and_projector_learn_and_are_served_as_trained(tmp_
     assert "vision_tower" in json.loads(saved)["target_modules"]
     rows = read_rows(tmp_path / "val.jsonl")
     served = with_adapter(loupe, result.release)
-    p = p_defects(served, rows, prompt_settings(settings), 4)
+    p = p_defects(served, rows, settings.prompt, 4)
     last = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
     assert last["auroc"] is None or 0 <= last["auroc"] <= 1
-    assert p == pytest.approx(p_defects(served, rows, prompt_settings(settings), 1), abs=1e-5)
-    assert not np.allclose(p, p_defects(loupe, rows, prompt_settings(settings), 4), atol=1e-4)
+    assert p == pytest.approx(p_defects(served, rows, settings.prompt, 1), abs=1e-5)
+    assert not np.allclose(p, p_defects(loupe, rows, settings.prompt, 4), atol=1e-4)
 
 
 # -- as it ships

@@ -108,11 +108,11 @@ def _restore(
 ) -> None:
     for name, weight in learning.items():
         weight.data.copy_(weights[name])
-        state: dict[str, torch.Tensor] = optimizer.state[weight]
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = moments[f"{name}|{key}"]
-            # AdamW counts its steps on the host.
-            state[key] = value if key == "step" else value.to(weight.device)
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("|")
+        if name in learning:  # AdamW counts its steps on the host
+            weight = learning[name]
+            optimizer.state[weight][moment] = value if moment == "step" else value.to(weight.device)
     torch.set_rng_state(moments["rng|cpu"])
     if torch.cuda.is_available() and "rng|cuda" in moments:
         torch.cuda.set_rng_state(moments["rng|cuda"])

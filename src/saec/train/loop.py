@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saec import __version__
-from saec.config import MllmSettings, PromptSettings
+from saec.config import MllmSettings
 from saec.data.hashing import sha256_file
 from saec.errors import BadInput, GateFailed
 from saec.train import adapter, checkpoint, evaluation, record
@@ -32,10 +32,10 @@ from saec.train.leaks import check_leaks
 from saec.train.rows import Example, Row, epoch_plan, pose, read_rows
 from saec.train.schedule import rate, steps_of
 from saec.train.stop import Stop
-from saec.vlm.adapter import WEIGHTS
 from saec.vlm.encode import IGNORED
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.run import on_device
+from saec.vlm.trained import WEIGHTS
 
 
 class Watcher(Protocol):
@@ -84,22 +84,14 @@ class _Run:
     vlm: Vlm
     train: Sequence[Row]
     val: Sequence[Row]
+    data: dict[str, str]
     learning: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     total: int
     watcher: Watcher
 
-    @property
-    def prompt(self) -> PromptSettings:
-        return prompt_settings(self.settings)
-
     def save(self, at: Position) -> None:
         checkpoint.save_checkpoint(self.out / "checkpoints", at, self.learning, self.optimizer)
-
-
-def prompt_settings(settings: TrainSettings) -> PromptSettings:
-    """Return how questions are put in this run; serve the adapter with the same."""
-    return PromptSettings(max_side=settings.max_side, side_multiple=settings.side_multiple)
 
 
 def load_base(settings: TrainSettings) -> Vlm:
@@ -137,7 +129,8 @@ def train(
         Interrupted: it was told to stop; a checkpoint is written.
     """
     watcher = watcher or Silent()
-    finished = record.open_run(out, settings, {"train": train_file, "val": val_file})
+    data = record.hashes_of({"train": train_file, "val": val_file})
+    finished = record.check_run(out, settings, data)
     if finished is not None:
         return TrainResult(out / str(finished["release"]), finished, repeated=True)
     if settings.threads is not None:
@@ -145,14 +138,15 @@ def train(
     rows, held_out = read_rows(train_file), read_rows(val_file)
     watcher.said(f"checking {len(rows)} training and {len(held_out)} validation images for leaks")
     check_leaks(rows, held_out)
-    record.write_trained_on(out, rows)
     watcher.said(f"loading {settings.model}")
-    run = _prepare(settings, out, load(settings), rows, held_out, watcher)
-    at = checkpoint.load_checkpoint(out / "checkpoints", run.learning, run.optimizer) or Position()
-    if at.step:
-        watcher.said(f"resuming at step {at.step} of {run.total}")
-    _cut_logs(run, at)
-    with _disk(out), Stop() as stop:
+    vlm = adapter.add_adapter(load(settings), settings)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(vlm.model, settings), weight_decay=settings.weight_decay)
+    total = sum(steps_of(len(epoch_plan(rows, settings, epoch)), settings) for epoch in range(settings.epochs))
+    learning = adapter.trainable(vlm.model)
+    run = _Run(settings, out, vlm, rows, held_out, data, learning, optimizer, total, watcher)
+    # Nothing is written before all is known to be right: a corrected command finds the folder free.
+    with _disk(out), record.begun(out, settings, data, rows), Stop() as stop:
+        at = _resumed(run)
         while at.epoch < settings.epochs:
             at = _epoch(run, at, stop)
             _evaluate(run, at)
@@ -172,20 +166,14 @@ def _disk(out: Path) -> Iterator[None]:
         raise BadInput(f"the run cannot be written ({error})", where=out, fix=fix) from error
 
 
-def _prepare(
-    settings: TrainSettings, out: Path, vlm: Vlm, train: Sequence[Row], val: Sequence[Row], watcher: Watcher
-) -> _Run:
-    vlm = adapter.add_adapter(vlm, settings)
-    groups = adapter.parameter_groups(vlm.model, settings)
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    total = sum(steps_of(len(epoch_plan(train, settings, e)), settings) for e in range(settings.epochs))
-    return _Run(settings, out, vlm, train, val, adapter.trainable(vlm.model), optimizer, total, watcher)
-
-
-def _cut_logs(run: _Run, at: Position) -> None:
-    """Forget what came after the checkpoint: it will be done, and told, again."""
-    cut_lines(run.out / record.LOG, lambda entry: entry["step"] <= at.step)
-    cut_lines(run.out / record.EVALUATIONS, lambda entry: entry["step"] <= at.step)
+def _resumed(run: _Run) -> Position:
+    """Return where a killed run goes on, with what came after its checkpoint forgotten: it is done, and told, again."""
+    at = checkpoint.load_checkpoint(run.out / "checkpoints", run.learning, run.optimizer) or Position()
+    if at.step:
+        run.watcher.said(f"resuming at step {at.step} of {run.total}")
+    for log in (record.LOG, record.EVALUATIONS):
+        cut_lines(run.out / log, lambda entry: entry["step"] <= at.step)
+    return at
 
 
 def _epoch(run: _Run, at: Position, stop: Stop) -> Position:
@@ -214,7 +202,7 @@ def _epoch(run: _Run, at: Position, stop: Stop) -> Position:
 
 
 def _encode(run: _Run, batch: Sequence[Example]) -> dict[str, Tensor]:
-    posed = [pose(example, run.prompt) for example in batch]
+    posed = [pose(example, run.settings.prompt) for example in batch]
     inputs: dict[str, Tensor] = run.vlm.encoder.encode([asked for asked, _ in posed], [answer for _, answer in posed])
     return inputs
 
@@ -226,12 +214,13 @@ def _step(run: _Run, inputs: Iterable[dict[str, Tensor]], examples: int, done: i
         part = answer_loss(run.vlm, batch) / examples
         part.backward()
         loss += part.detach()
+    norm = nn.utils.clip_grad_norm_(run.learning.values(), run.settings.max_grad_norm)
     value = float(loss)
-    if not math.isfinite(value):
-        raise GateFailed(f"the loss is {value} at step {done + 1}: lower the learning rates and begin anew")
+    for what, number in (("loss", value), ("gradient's norm", float(norm))):
+        if not math.isfinite(number):
+            raise GateFailed(f"the {what} is {number} at step {done + 1}: lower the learning rates and begin anew")
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * rate(done, run.total, run.settings)
-    nn.utils.clip_grad_norm_(run.learning.values(), run.settings.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return value
@@ -262,7 +251,7 @@ def _evaluate(run: _Run, at: Position) -> None:
         return
     run.watcher.said(f"evaluating epoch {at.epoch + 1}")
     started = time.monotonic()
-    p = evaluation.p_defects(run.vlm, run.val, run.prompt, run.settings.evaluate_batch)
+    p = evaluation.p_defects(run.vlm, run.val, run.settings.prompt, run.settings.evaluate_batch)
     found = evaluation.figures(run.val, p)
     if all(_rank(found) > _rank(entry) for entry in former):
         adapter.save_release(run.vlm, run.out / "best")
@@ -292,7 +281,7 @@ def _finish(run: _Run, at: Position) -> TrainResult:
         "adapter_sha256": sha256_file(release / WEIGHTS),
         "best_epoch": best["epoch"],
         "settings": run.settings.model_dump(mode="json"),
-        "data": {"sha256": record.data_hashes(run.out), "n_train": len(run.train), "n_val": len(run.val)},
+        "data": {"sha256": run.data, "n_train": len(run.train), "n_val": len(run.val)},
         "trainable_weights": sum(weight.numel() for weight in run.learning.values()),
         "steps": at.step,
         "train_seconds": round(at.seconds, 3),

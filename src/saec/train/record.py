@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import sqlite3
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +19,75 @@ from saec import __version__
 from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
+from saec.fleet.sqlite_file import lock
 from saec.train.config import TrainSettings, first_difference, make_train_settings
 from saec.train.files import read_lines
 from saec.train.rows import Row
+from saec.vlm.trained import BEGUN, TRAINED_ON, read_record
 from saec.vlm.trained import RUN as SUMMARY
-from saec.vlm.trained import TRAINED_ON
 
 LOG, EVALUATIONS = "train.log.jsonl", "eval.jsonl"
 
-_RUN = "run.json"
+_LOCK = f"{BEGUN}.lock"
 _FREE = ("checkpoint_every", "threads")  # may differ in a resumed run
 
 
-def open_run(out: Path, settings: TrainSettings, files: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Begin a run in an empty folder or check that ``out`` holds this very run; return its summary if it is finished.
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of the fine-tuning files, by name.
+
+    Raises:
+        BadInput: one cannot be read.
+    """
+    return {name: _digest(file) for name, file in files.items()}
+
+
+def check_run(out: Path, settings: TrainSettings, data: Mapping[str, str]) -> dict[str, Any] | None:
+    """Check that ``out`` is free for a run or holds this very one; return its summary if it is finished.
 
     Raises:
         BadInput: the folder holds something else, or a run with another setting or other data, which is named.
     """
-    data = {name: _digest(file) for name, file in files.items()}
-    place = out / _RUN
-    if not place.exists():
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if not (out / BEGUN).exists():
+        if out.is_file() or (out.is_dir() and any(not path.name.startswith(_LOCK) for path in out.iterdir())):
             raise BadInput("the folder is not empty and no training run", where=out, fix="choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        start = {"version": __version__, "settings": settings.model_dump(mode="json"), "data": data}
-        write_atomic(place, json.dumps(start, indent=1) + "\n")
         return None
-    begun = _read(place)
-    key = first_difference(make_train_settings(begun["settings"], where=str(place)), settings, free=_FREE)
+    begun = read_record(out / BEGUN)
+    former = make_train_settings(begun.get("settings", {}), where=str(out / BEGUN))
+    key = first_difference(former, settings, free=_FREE)
     if key is not None:
         raise BadInput(
-            f"this run was begun with {key}={begun['settings'][key]!r}",
+            f"this run was begun with {key}={getattr(former, key)!r}",
             where=out,
             fix=f"keep {key} to resume it, or choose another folder",
         )
-    changed = next((name for name in data if begun["data"].get(name) != data[name]), None)
+    changed = next((name for name in data if begun.get("data", {}).get(name) != data[name]), None)
     if changed is not None:
-        raise BadInput(
-            f"this run was begun with another {changed} file", where=files[changed], fix="choose another --out"
-        )
-    return _read(out / SUMMARY) if (out / SUMMARY).exists() else None
+        raise BadInput(f"this run was begun with another {changed} file", where=out, fix="choose another --out")
+    return read_record(out / SUMMARY) if (out / SUMMARY).exists() else None
 
 
-def data_hashes(out: Path) -> dict[str, str]:
-    """Return the SHA-256 of the files that the run was begun with, by name."""
-    hashes: dict[str, str] = _read(out / _RUN)["data"]
-    return hashes
+@contextmanager
+def begun(out: Path, settings: TrainSettings, data: Mapping[str, str], rows: Sequence[Row]) -> Iterator[None]:
+    """Write what the run begins with, unless it is there, and keep other processes out of its folder meanwhile.
+
+    Raises:
+        BadInput: another process is at work in it.
+        OSError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        holder = lock(out / BEGUN)
+    except sqlite3.OperationalError as error:
+        fix = "wait for the other process that trains here, or choose another folder"
+        raise BadInput(f"the run's folder cannot be taken ({error})", where=out, fix=fix) from None
+    start = {"version": __version__, "settings": settings.model_dump(mode="json"), "data": dict(data)}
+    # As ``sha256sum`` does: what ``exclude=`` of the holdout builders takes.
+    learnt = "".join(f"{row.sha256}  {row.part_id}\n" for row in rows)
+    with closing(holder):
+        for name, text in ((BEGUN, json.dumps(start, indent=1) + "\n"), (TRAINED_ON, learnt)):
+            if not (out / name).exists():
+                write_atomic(out / name, text)
+        yield
 
 
 def _digest(file: Path) -> str:
@@ -73,22 +97,9 @@ def _digest(file: Path) -> str:
         raise BadInput("cannot read the fine-tuning file", where=file, fix=error.strerror or "check the path") from None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"damaged record of the run ({error})", where=file, fix="choose another folder") from None
-    return found
-
-
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     """Write ``train.json``, the mark of a finished run."""
     write_atomic(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_trained_on(out: Path, rows: Sequence[Row]) -> None:
-    """Write the list of training images as ``sha256sum`` does: what ``exclude=`` of the holdout builders takes."""
-    write_atomic(out / TRAINED_ON, "".join(f"{row.sha256}  {row.part_id}\n" for row in rows))
 
 
 def peak_memory() -> dict[str, float | None]:
