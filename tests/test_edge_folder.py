@@ -35,8 +35,8 @@ def step(function):
         return result
     return counted
 
-put = folder._put
-os.fsync, folder._put = step(os.fsync), step(put)
+put = folder.put_folder
+os.fsync, folder.put_folder = step(os.fsync), step(put)
 new = {"a/one.bin": b"new" * 4000, "c/three.bin": b"new" * 4000}
 folder.write_folder(path, new, "index.json", {"format": 1, "state": "new"}, kind="thing")
 """
@@ -98,9 +98,9 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 def test_every_file_is_on_the_disk_before_the_folder_is_in_its_place(tmp_path, monkeypatch):
     happened: list[str] = []
-    put = folder._put
+    put = folder.put_folder
     monkeypatch.setattr(os, "fsync", lambda descriptor: happened.append("sync"))
-    monkeypatch.setattr(folder, "_put", lambda new, path: (happened.append("put"), put(new, path)))
+    monkeypatch.setattr(folder, "put_folder", lambda new, path: (happened.append("put"), put(new, path)))
     write(tmp_path / "thing")
     assert happened == ["sync"] * 3 + ["put"]
 

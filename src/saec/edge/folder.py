@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -24,9 +25,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2(2)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mapping[str, Any], *, kind: str) -> None:
-    """Write a folder in one step: a reader, a crash or a full disk finds the old one or the new one, never a part.
-
-    Where the system cannot swap two folders (others than Linux), a kill between two renames leaves none.
+    """Write a folder in one step (:func:`put_folder`): a reader, a crash or a full disk never finds a part of one.
 
     Args:
         path: replaced if it is a folder of this kind.
@@ -49,7 +48,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mappi
             for name, data in {**files, index: json.dumps(sealed, indent=1).encode()}.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_durably(new / name, data)
-            _put(new, path)
+            put_folder(new, path)
     except OSError as error:
         raise BadInput(f"cannot write the {kind}", where=path, fix=error.strerror or "check the disk") from None
 
@@ -109,20 +108,28 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _put(new: Path, path: Path) -> None:
-    """Move ``new`` to ``path``; what was there ends up in the folder of ``new``, which the caller removes."""
+def put_folder(new: Path, path: Path) -> None:
+    """Move a finished folder to ``path``, on the same disk, in one step; a folder that is there goes.
+
+    Where the system cannot swap two folders (others than Linux), a kill between two renames leaves none.
+
+    Raises:
+        OSError: it cannot be moved; the old folder is there as it was.
+    """
     if not path.exists():
         new.rename(path)
         return
     if _exchange(new, path):
+        shutil.rmtree(new, ignore_errors=True)
         return
-    old = new.with_name("old")
+    old = new.with_name(f"{new.name}.old")
     path.rename(old)
     try:
         new.rename(path)
     except OSError:
         old.rename(path)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import nn
 
+from saec.edge.folder import put_folder
 from saec.errors import BadInput
 from saec.train.config import TrainSettings
-from saec.train.files import replace_folder, sync
+from saec.train.files import sync
 from saec.vlm.adapter import save_adapter, with_adapter
 from saec.vlm.load import Vlm
 from saec.vlm.trained import WEIGHTS
@@ -153,7 +154,7 @@ def save_release(vlm: Vlm, folder: Path) -> None:
     (beside / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner, but a service may run as another user
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's model card, all of whose lines ask for more information
     sync(beside)
-    replace_folder(beside, folder)
+    put_folder(beside, folder)
 
 
 def _load(model: PeftModel, folder: Path) -> None:

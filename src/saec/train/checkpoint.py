@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from saec.data.hashing import sha256_file
-from saec.train.files import replace_folder, sync
+from saec.edge.folder import put_folder
+from saec.train.files import sync
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def save_checkpoint(
     state = {"format": FORMAT, **asdict(at), "sha256": {name: sha256_file(beside / name) for name in _FILES}}
     (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     sync(beside)
-    replace_folder(beside, place)
+    put_folder(beside, place)
     sync(folder)
     for former in _places(folder)[:-KEPT]:
         shutil.rmtree(former)

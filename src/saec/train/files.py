@@ -1,10 +1,9 @@
-"""Folders that appear whole or not at all, and logs that end where a checkpoint does."""
+"""What outlives a kill: folders flushed to the disk, and logs that end where a checkpoint does."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,6 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """Move a finished folder to its place; one that is there goes. A reader never sees half of either.
-
-    Between the two renames there is no folder at ``place``: whoever resumes writes it again.
-    """
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.replace(old)
-    new.replace(place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def append_line(file: Path, entry: Mapping[str, Any]) -> None:
@@ -54,9 +40,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cut_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drop from a log what a resumed run will write again, and return the rest."""
-    kept = [entry for entry in read_lines(file) if keep(entry)]
+def cut_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop from a log, where there is one, what a resumed run will write again."""
     if file.exists():
-        write_atomic(file, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return kept
+        write_atomic(file, "".join(json.dumps(entry) + "\n" for entry in read_lines(file) if keep(entry)))

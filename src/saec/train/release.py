@@ -9,9 +9,10 @@ from pathlib import Path
 from saec import __version__
 from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
+from saec.edge.folder import put_folder
 from saec.errors import BadInput
 from saec.train.config import TrainSettings, make_train_settings
-from saec.train.files import replace_folder, sync
+from saec.train.files import sync
 from saec.train.gates import Report
 from saec.vlm.registry import FileCheck, names
 from saec.vlm.trained import CONFIG, TRAINED_ON, WEIGHTS, read_record, run_record
@@ -98,7 +99,7 @@ def release(folder: Path, out: Path, report: Report) -> None:
         tree = {"format": FORMAT, "version": __version__, **about, "files": hashes}
         write_atomic(beside / RECORD, json.dumps(tree, indent=1, allow_nan=False) + "\n")
         sync(beside)
-        replace_folder(beside, out)
+        put_folder(beside, out)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise BadInput("cannot write the release", where=out, fix=error.strerror or "check the disk") from None

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
+from saec.fleet.sqlite_file import lock
 from saec.vlm.manifest import FileSpec, ModelEntry, PinnedFile
 from saec.vlm.sources import FULL, RECORD, Source, SourceError, sources_of
 
@@ -195,24 +196,18 @@ def _megabytes(size: int) -> str:
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Let one process, and one thread, at a time into the block.
-
-    The lock is that of an empty SQLite file: the system drops it when its holder dies, and it works on every platform.
-    """
-    connection = sqlite3.connect(lock, timeout=0, isolation_level=None)
-    try:
-        while True:
-            try:
-                connection.execute("BEGIN EXCLUSIVE")
-                break
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                    raise
-                time.sleep(0.2)
+def alone(path: Path) -> Iterator[None]:
+    """Let one process, and one thread, at a time into the block; the others wait."""
+    while True:
+        try:
+            holder = lock(path)
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+            time.sleep(0.2)
+    with closing(holder):
         yield
-    finally:
-        connection.close()
 
 
 @contextmanager

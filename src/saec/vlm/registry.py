@@ -32,7 +32,6 @@ _FAMILIES = {
     "qwen3_vl": "qwen3-vl",
     "llava": "llava",
     "smolvlm": "smolvlm",
-    "idefics3": "smolvlm",  # SmolVLM's first models carry the type of the architecture they were made from
     "fast_vlm": "fastvlm",
 }
 
@@ -147,7 +146,7 @@ def pull(name: str, *, source: Path | None = None, progress: Progress | None = N
         cache = cache_folder()
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with alone(cache / f".{name}.lock"):
+            with alone(cache / f".{name}"):
                 if not _is_right(model):  # another process may have pulled it while this one waited
                     gather(model, cache, source, progress or (lambda what, done, total: None))
         except (OSError, sqlite3.Error) as error:
