@@ -324,6 +324,8 @@ def test_sft_is_reproducible_and_refuses_what_it_cannot_use(tmp_path: Path) -> N
         write_sft(dataset, tmp_path / "sft", seed=1)
     with pytest.raises(BadInput, match="bad share"):
         write_sft(dataset, tmp_path / "x", defect_train_ratio=1.5)
+    with pytest.raises(BadInput, match="no test defects train"):
+        write_sft(dataset, tmp_path / "x", defect_train_ratio=0.5, val="calibration")
     with pytest.raises(BadInput, match="no train and test splits"):
         write_sft(dataset.select(split="test"), tmp_path / "x")
     unlabelled = replace(dataset, parts=(*dataset.parts[:-1], replace(dataset.parts[-1], label=None)))

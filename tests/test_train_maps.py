@@ -70,6 +70,23 @@ def test_defects_stand_out_and_carry_evidence_and_held_out_ones_none(files: Path
     assert all("evidence" not in row and "anomaly_map" in row for row in val)
 
 
+def test_another_set_is_refused_before_its_maps_are_overwritten(files: Path, tmp_path: Path):
+    for number in range(2):
+        put(tmp_path / "data" / "plate" / "train" / "good" / f"{number}.png", plate(300 + number))
+    put(tmp_path / "data" / "plate" / "calibration" / "good" / "0.png", plate(310))
+    before = {path.name for path in (files / "maps").iterdir()}
+    with pytest.raises(BadInput, match="another fine-tuning set"):
+        write_sft(read_dataset(tmp_path / "data"), files, val="calibration", extras=MapWriter(files, threads=1))
+    assert {path.name for path in (files / "maps").iterdir()} == before
+
+
+def test_one_good_part_makes_no_map_of_itself(tmp_path: Path):
+    put(tmp_path / "data" / "plate" / "train" / "good" / "0.png", plate(0))
+    put(tmp_path / "data" / "plate" / "calibration" / "good" / "0.png", plate(1))
+    with pytest.raises(BadInput, match="two good training parts that differ: product plate"):
+        write_sft(read_dataset(tmp_path / "data"), tmp_path / "sft", val="calibration", extras=MapWriter(tmp_path))
+
+
 def test_uncertain_cells_train_with_their_probability_and_stay_away_from_what_is_held_out(tmp_path: Path):
     source = elpv(tmp_path / "package")
     plain = build_elpv(tmp_path / "plain", source=source)

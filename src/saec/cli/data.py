@@ -191,7 +191,9 @@ def folder(
 def sft(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="A data set with train and test splits.")],
     out: Out,
-    defect_train_ratio: Annotated[float, typer.Option(help="Share of the test defects to train on.")] = 0.5,
+    defect_train_ratio: Annotated[
+        float | None, typer.Option(help="Share of the test defects to train on; 0.5 by default.", show_default=False)
+    ] = None,
     val: Annotated[
         Validation, typer.Option(help="What validates; calibration: the test split is left alone, train defects train.")
     ] = Validation.TEST,

@@ -23,6 +23,9 @@ from saec.types import Label
 
 EXCLUSION_NAME = "exclude.txt"
 
+HALF = 0.5
+"""Share of the test defects that train, unless another is given."""
+
 Extras = Callable[[Sequence[GroupedPart], Sequence[GroupedPart]], Mapping[str, Mapping[str, str]]]
 """(training parts, validation parts) -> further keys of rows, by the sha256 of the image."""
 
@@ -43,7 +46,7 @@ def write_sft(
     dataset: Dataset,
     out: Path,
     *,
-    defect_train_ratio: float = 0.5,
+    defect_train_ratio: float | None = None,
     val: Literal["test", "calibration"] = "test",
     seed: int = 2025,
     bits: int = NEAR_DUPLICATE_BITS,
@@ -58,15 +61,20 @@ def write_sft(
     ``exclude=`` of the holdout builders. A test image with the content of a training image trains too. The same input
     gives the same bytes. A built set that states P(defect) of an image adds ``p_defect``; ``extras`` adds keys to rows.
 
+    ``defect_train_ratio`` is the share of the test defects that train: half of them, if none is given.
     With ``val="calibration"`` the train split trains, its defects included, the calibration split validates, and the
-    test split is left alone: for data sets whose own train split has defects.
+    test split is left alone: for data sets whose own train split has defects. No share of test defects is taken then.
 
     Raises:
         BadInput: no train split with good parts, no test split, an unlabelled or unreadable image, a bad ratio, or
             ``out`` holds other files of these names.
     """
-    if not 0 <= defect_train_ratio <= 1:
-        raise BadInput("bad share of the defects", where=defect_train_ratio, fix="between 0 and 1")
+    if val == "calibration" and defect_train_ratio is not None:
+        fix = "leave the share out, or validate on the test split"
+        raise BadInput("no test defects train", where=f"defect_train_ratio {defect_train_ratio}", fix=fix)
+    ratio = HALF if defect_train_ratio is None else defect_train_ratio
+    if not 0 <= ratio <= 1:
+        raise BadInput("bad share of the defects", where=ratio, fix="between 0 and 1")
     if not {"train", val} <= set(dataset.splits):
         raise BadInput(f"no train and {val} splits", where=dataset.root, fix="build them with saec data folder")
     dataset.require_good()
@@ -75,15 +83,17 @@ def write_sft(
     if unlabelled is not None:
         raise BadInput("an image without a label", where=unlabelled.path)
     parts = group_parts(used, bits=bits, max_pixels=max_pixels)
-    training = _training_groups(parts, defect_train_ratio, seed)
+    training = _training_groups(parts, ratio, seed)
     train = [one for one in parts if one.group in training]
     held_out = [one for one in parts if one.group not in training]
+    exclusion = {EXCLUSION_NAME: "".join(f"{one.print.sha256}  {one.part.part_id}\n" for one in train)}
+    _write(out, exclusion)  # refused if another set lies there, whose extras would be overwritten
     added = extras(train, held_out) if extras is not None else {}
     stated = _stated(dataset.root)
     texts = {
         "train.jsonl": _jsonl(train, "train", out, stated, added),
         "val.jsonl": _jsonl(held_out, "val", out, stated, added),
-        EXCLUSION_NAME: "".join(f"{one.print.sha256}  {one.part.part_id}\n" for one in train),
+        **exclusion,
     }
     _write(out, texts)
     return SftFiles(
@@ -153,12 +163,12 @@ def _jsonl(
     return "".join(line + "\n" for line in lines)
 
 
-def _write(out: Path, texts: dict[str, str]) -> None:
+def _write(out: Path, texts: Mapping[str, str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             file = out / name
-            if file.exists() and file.read_text(encoding="utf-8") != text:
+            if file.exists() and file.read_bytes() != text.encode():
                 raise BadInput(
                     "another fine-tuning set lies here", where=file, fix="choose another folder or remove it"
                 )

@@ -20,6 +20,7 @@ from saec.edge.backbone import Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
 from saec.edge.fitters import heat_threshold
+from saec.errors import BadInput
 from saec.types import Box, Heatmap, Image, Label, Observation
 
 FOLDS = 4
@@ -32,6 +33,9 @@ class MapWriter:
     """Writes ``maps/<sha256>.npy`` beside fine-tuning files; the ``extras`` of :func:`saec.data.sft.write_sft`.
 
     A map is float32 [rows, columns], in units of the level above which the station marks a cell.
+
+    Raises:
+        BadInput: when called, a product with fewer than two good training parts that differ.
     """
 
     def __init__(self, out: Path, *, threads: int = 2, seed: int = 2025) -> None:
@@ -40,7 +44,7 @@ class MapWriter:
         self._seed = seed
 
     def __call__(self, train: Sequence[GroupedPart], held_out: Sequence[GroupedPart]) -> dict[str, dict[str, str]]:
-        """Return ``anomaly_map`` of every part, and ``evidence`` of sure defects that train."""
+        """Return ``anomaly_map`` of every part, and ``evidence`` of the parts that train as defects, sure or not."""
         self._folder.mkdir(parents=True, exist_ok=True)
         rows: dict[str, dict[str, str]] = {}
         parts = sorted([*train, *held_out], key=lambda one: one.part.product)
@@ -49,8 +53,9 @@ class MapWriter:
         return rows
 
     def _product(self, parts: Sequence[GroupedPart], training: set[str]) -> dict[str, dict[str, str]]:
-        images = [read_image(one.part.path) for one in parts]
-        sides = working_sides([(image.shape[0], image.shape[1]) for image in images[:32]])
+        shapes = [read_image(one.part.path).shape for one in parts[:32]]
+        sides = working_sides([(height, width) for height, width, _ in shapes])
+        images = (read_image(one.part.path) for one in parts)
         features = [[self._backbone(image, side) for side in sides] for image in images]
         good = [at for at, one in enumerate(parts) if one.part.label is Label.GOOD and one.print.sha256 in training]
         seen = self._cross_fitted(parts, features, good, sides)
@@ -62,7 +67,7 @@ class MapWriter:
             np.save(self._folder / name, heatmap, allow_pickle=False)
             rows[one.print.sha256] = {"anomaly_map": f"{self._folder.name}/{name}"}
             if one.part.label is Label.DEFECT and one.print.sha256 in training:
-                rows[one.print.sha256]["evidence"] = _evidence(images[at], heatmap)
+                rows[one.print.sha256]["evidence"] = _evidence(read_image(one.part.path), heatmap)
         return rows
 
     def _cross_fitted(
@@ -77,10 +82,13 @@ class MapWriter:
         for at in good:
             pool.add(features[at])
         groups = sorted({parts[at].group for at in good})
+        if len(groups) < 2:
+            what = "a memory without the part takes two good training parts that differ"
+            raise BadInput(what, where=f"product {parts[0].part.product}", fix="add good parts")
         shuffled = np.random.default_rng(self._seed).permutation(len(groups))
         fold = {groups[number]: place % FOLDS for place, number in enumerate(shuffled)}
         judges: dict[int, MemoryDetector] = {-1: pool.fit(self._backbone, sides)}
-        for number in range(FOLDS):
+        for number in set(fold.values()):
             out = [place for place, at in enumerate(good) if fold[parts[at].group] == number]
             judges[number] = pool.fit(self._backbone, sides, leave_out=out)
         # A defect that resembles a good part is kept from that part's fold as well.
