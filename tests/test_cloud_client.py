@@ -248,6 +248,25 @@ def test_an_embedded_backend_is_warmed_up_before_it_is_asked() -> None:
     client.close()
 
 
+def test_an_embedded_backend_is_closed_with_its_client_and_when_it_does_not_start() -> None:
+    class Holds(FakeBackend):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    class Broken(Holds):
+        def warm_up(self) -> None:
+            raise BadInput("no weights")
+
+    backend, broken = Holds(), Broken()
+    EmbeddedClient(backend).close()
+    with pytest.raises(BadInput):
+        EmbeddedClient(broken)
+    assert backend.closed
+    assert broken.closed
+
+
 def test_an_embedded_backend_that_fails_or_dawdles_is_a_reason_to_fall_back() -> None:
     class Odd(FakeBackend):
         def judge(self, queries: Sequence[Query]) -> list[Opinion | Exception]:

@@ -273,6 +273,8 @@ def test_swapping_drops_no_question_and_mixes_no_answers(folders, adapters):
         for thread in threads:
             thread.join()
         client.close()
+    with pytest.raises(CloudError, match="was closed"):
+        client.judge(part(0), deadline_s=1)
     assert {answer.model_id for answer in found} == set(wanted)
     for answer in found:
         assert answer.p_defect == pytest.approx(wanted[answer.model_id], abs=1e-5)

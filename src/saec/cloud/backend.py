@@ -25,6 +25,21 @@ def warm_up(backend: Backend) -> None:
         backend.warm_up()
 
 
+@runtime_checkable
+class Closes(Protocol):
+    """A backend with threads or connections to let go of."""
+
+    def close(self) -> None:
+        """Let go of them; it is not asked any more."""
+        ...
+
+
+def close(backend: Backend) -> None:
+    """Let the backend go of what it holds, if anything."""
+    if isinstance(backend, Closes):
+        backend.close()
+
+
 def probe() -> Query:
     """Return the question that a warm-up asks: grey nothing."""
     return Query("probe", "probe", np.full((64, 64, 3), 127, np.uint8), (64, 64))

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from saec.cloud import wire
-from saec.cloud.backend import prepared, warm_up
+from saec.cloud.backend import close, prepared, warm_up
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 
@@ -24,8 +24,8 @@ class _Waiting:
 class EmbeddedClient:
     """Asks a backend directly: no service, no JPEG, no uplink (``uplink_bytes`` is 0).
 
-    Thread-safe. The backend is warmed up first and runs in one thread of its own; what has gathered while it worked
-    goes to it as one batch.
+    Thread-safe. The backend is warmed up first, runs in one thread of its own, and is closed with the client; what has
+    gathered while it worked goes to it as one batch.
     """
 
     def __init__(self, backend: Backend, *, max_batch: int = 8) -> None:
@@ -34,7 +34,11 @@ class EmbeddedClient:
         self._waiting: deque[_Waiting] = deque()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saec-embedded-backend")
-        self._thread.submit(warm_up, backend).result()
+        try:
+            self._thread.submit(warm_up, backend).result()
+        except BaseException:
+            self.close()
+            raise
         self.model_id = backend.model_id
 
     def judge(self, query: Query, *, deadline_s: float) -> Opinion:
@@ -45,10 +49,10 @@ class EmbeddedClient:
                 backend itself raises as :class:`CloudError` is passed on.
         """
         now = time.monotonic()
-        entry = _Waiting(prepared(self._backend, query), now + deadline_s, now)
-        with self._lock:
-            self._waiting.append(entry)
         try:
+            entry = _Waiting(prepared(self._backend, query), now + deadline_s, now)
+            with self._lock:
+                self._waiting.append(entry)
             self._thread.submit(self._run_batch)
         except RuntimeError:
             raise CloudError(Reason.CLOUD_UNREACHABLE, "the embedded backend was closed") from None
@@ -66,8 +70,9 @@ class EmbeddedClient:
             raise CloudError(Reason.CLOUD_BAD_ANSWER, what) from error
 
     def close(self) -> None:
-        """Stop the backend's thread once the batch at hand is done."""
+        """Stop the backend's thread once the batch at hand is done, and close the backend."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        close(self._backend)
 
     def _run_batch(self) -> None:
         """Judge all that waits, up to ``max_batch``; one such call is submitted per question, so none is left over."""
