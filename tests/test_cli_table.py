@@ -15,6 +15,8 @@ import cli_fakes
 from cli_fakes import tree
 from cli_run import process, saec
 from cloud_fakes import service_process
+from saec.cli import asked
+from saec.config import Settings
 from saec.data.hashing import sha256_file
 from saec.evaluate.report_run import RunFolder
 from saec.types import Where
@@ -233,6 +235,13 @@ def test_a_tiny_model_end_to_end_zero_shot_and_tuned(tmp_path, root, bare, tiny)
     assert all(p is not None for found in said.values() for p in found)
     assert said["zero-shot"] != said["cloud-only"]
     assert "tiny-qwen+adapter:" in found.out
+    assert str(base.parent) not in (tmp_path / "t" / "table.json").read_text()
+
+
+def test_what_the_adapter_that_ships_was_trained_on_is_known_to_the_table(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("saec.vlm.trained.SHIPPED", tiny[1])
+    monkeypatch.setattr(asked, "missing_model", lambda name: None)
+    assert asked.tuned("mllm", Settings(), tmp_path).adapter == tiny[1]
 
 
 def test_what_the_adapter_was_trained_on_cannot_be_evaluated(tmp_path, root, bare, tiny):

@@ -123,7 +123,7 @@ def tuned(cloud: str | None, settings: Settings, station: Path) -> Asked:
             if family_of(name) != "loupe" and adapter is None and missing_model(name) is None:
                 fix = "make one with saec train, then --set mllm.adapter=DIR"
                 return Asked("", missing=BadInput(f"{name} has no adapter", fix=fix))
-            return model(settings, f"{name} adapter {adapter or 'shipped'}", station)
+            return model(settings, station)
         case url:
             return service(url, settings, station)
 
@@ -150,7 +150,7 @@ def untuned(name: str | None, cloud: str | None, settings: Settings, station: Pa
             fix = f"saec models pull {QWEN}, or another model in mllm.model"
             return Asked("", missing=BadInput(what, fix=fix))
         chosen = QWEN
-    return model(_with(settings, "mllm", model=chosen, adapter=None, **changes), f"{chosen} zero-shot", station)
+    return model(_with(settings, "mllm", model=chosen, adapter=None, **changes), station)
 
 
 def llava(settings: Settings) -> Asked:
@@ -210,15 +210,20 @@ def endpoint(settings: Settings) -> Asked:
     )
 
 
-def model(settings: Settings, name: str, station: Path) -> Asked:
-    """Return the MLLM of the settings, in this process."""
+def model(settings: Settings, station: Path) -> Asked:
+    """Return the MLLM of the settings, in this process; named by base and adapter, wherever these lie."""
+    from saec.data.hashing import sha256_file
     from saec.evaluate.baselines import Asked
+    from saec.vlm.trained import WEIGHTS, as_trained, check_adapter
 
     absent = missing_model(settings.mllm.model)
     if absent is not None:
         return Asked("", missing=absent)
-    opening = partial(open_cloud, "mllm", settings, station)
-    return Asked(name, opening, embedded=True, adapter=settings.mllm.adapter)
+    name, adapter = Path(settings.mllm.model).name, as_trained(settings.mllm).adapter
+    if adapter is not None:
+        check_adapter(adapter)
+        name += f" adapter {sha256_file(adapter / WEIGHTS)[:8]}"
+    return Asked(name, partial(open_cloud, "mllm", settings, station), embedded=True, adapter=adapter)
 
 
 def missing_model(name: str) -> BadInput | None:
