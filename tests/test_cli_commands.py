@@ -206,7 +206,7 @@ def test_the_cloud_benchmark_asks_a_running_service(tmp_path):
     assert [row["concurrency"] for row in speed["rows"]] == [1, 2]
     assert all(row["answered"] > 0 for row in speed["rows"])
     assert batches["rows"]
-    assert "not levels" in saec("bench", "cloud", "http://127.0.0.1:9", "--concurrency", "1,none").error()
+    assert "not a list of sizes" in saec("bench", "cloud", "http://127.0.0.1:9", "--concurrency", "1,none").error()
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch):

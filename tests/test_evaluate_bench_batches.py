@@ -83,6 +83,7 @@ def test_the_command_bursts_a_service(tmp_path: Path) -> None:
 def test_the_command_wants_a_service_or_a_backend() -> None:
     assert "choose what to measure" in saec("bench", "cloud").error()
     assert "choose what to measure" in saec("bench", "cloud", "http://127.0.0.1:9", "--backend", "openai").error()
+    assert "choose what to measure" in saec("bench", "cloud", "--backend", "openai", "--burst", "20").error()
     assert "needs its station" in saec("bench", "cloud", "--backend", "expert").error()
     refused = saec("bench", "cloud", "--backend", "openai", "--set", "openai.base_url=http://127.0.0.1:9/v1").error()
     assert "the model endpoint cannot be used" in refused

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from saec.cli.asked import Baseline, ClassifierOption, SideOption
 from saec.cli.cloud import Kind, backend_of
+from saec.cli.measured import finish, images_of, levels_of
 from saec.cli.options import CloudOption, ConfigOption, JsonOption, ProductOption, SetOption, StationOption, settings_of
 from saec.errors import BadInput
-
-if TYPE_CHECKING:
-    from saec.evaluate.table import Table
-    from saec.types import Image
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: tables, and JSON with --json FILE.")
 
@@ -40,7 +37,7 @@ def scene(
     """Scene complexity against a plain OpenCV transcription of the reference's definition."""
     from saec.evaluate.bench_scene import BENCH_SIZES, bench_scene, scene_agreement
 
-    found = _images(images, limit)
+    found = images_of(images, limit)
     sizes = BENCH_SIZES if images is None else None
     tables = [bench_scene(found, sizes=sizes, rounds=rounds)]
     if len(found) >= 3:
@@ -105,19 +102,18 @@ def cloud(
     from saec.evaluate.bench_cloud import bench_cloud, http_batches
     from saec.types import Query
 
-    levels = _levels(concurrency)
-    alone = {"openai__tau": 1.0, "mllm__tau": 1.0} if backend is not None else {}
-    settings = settings_of(config, set_, cloud__in_flight=max(levels), **alone)
+    levels = levels_of(concurrency)
+    settings = settings_of(config, set_, cloud__in_flight=max(levels))
     queries = [
-        Query(f"bench-{i}", product, image, (image.shape[1], image.shape[0]), edge_p_defect=0.5)
-        for i, image in enumerate(_images(images, limit))
+        Query(f"bench-{i}", product, image, (image.shape[1], image.shape[0]), edge_p_defect=0.5, evidence=not backend)
+        for i, image in enumerate(images_of(images, limit))
     ]
-    if backend is not None and url is None:
+    if backend is not None and url is None and burst is None:
         made = backend_of(backend, station, settings)
-        finish(json_, bench_batches(made, queries, sizes=_levels(batches), seconds=seconds))
+        finish(json_, bench_batches(made, queries, sizes=levels_of(batches), seconds=seconds))
         return
     if url is None or backend is not None:
-        raise BadInput("choose what to measure", fix="pass the URL of a service, or --backend")
+        raise BadInput("choose what to measure", fix="pass the URL of a service, also with --burst, or --backend")
     health = probe(url, settings.cloud)
     if burst is not None:
         finish(json_, bench_burst(url, settings.cloud, queries, waves=(burst // 10, burst, burst)))
@@ -242,68 +238,3 @@ def table(
         side=side,
     )
     run_and_tell(arms, found, judge, settings, out, published=published, json_=json_)
-
-
-def finish(file: Path | None, *tables: Table) -> None:
-    """Print the tables, and save ``{"tables": [...], "environment": {...}}`` to ``file``; ``-`` prints that instead.
-
-    Raises:
-        BadInput: the file cannot be written.
-    """
-    import json
-
-    from saec.cli.console import print_json, print_tables, say_path
-    from saec.evaluate.run_record import environment
-    from saec.evaluate.summary import write_atomically
-
-    tree = {"tables": [table.to_json() for table in tables], "environment": environment()}
-    if file is not None and str(file) == "-":
-        print_json(tree)
-        return
-    print_tables(*tables)
-    if file is not None:
-        write_atomically(file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-        say_path("Saved", file)
-
-
-def _images(folder: Path | None, limit: int) -> list[Image]:
-    """Return the first readable images of a folder, or made-up ones of several sizes."""
-    if limit < 1:
-        raise BadInput("nothing to measure with", where=f"--limit {limit}", fix="at least 1")
-    if folder is None:
-        return _made_up(limit)
-    from saec.data.decode import UnreadableImage, read_image
-    from saec.data.readers import read_dataset
-
-    found = []
-    for part in read_dataset(folder).parts[:limit]:
-        try:
-            found.append(read_image(part.path))
-        except UnreadableImage as error:
-            raise BadInput(f"unreadable image ({error.why})", where=error.path, fix="leave it out") from None
-    return found
-
-
-def _made_up(count: int) -> list[Image]:
-    """Return smooth textures with some noise, 448 pixels square: neither flat nor white noise, as parts are."""
-    import cv2
-    import numpy as np
-
-    rng = np.random.default_rng(2025)
-    images = []
-    for _ in range(count):
-        coarse = rng.integers(40, 215, (28, 28, 3), dtype=np.uint8)
-        smooth = np.asarray(cv2.resize(coarse, (448, 448), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
-        grain = rng.integers(0, 12, smooth.shape, dtype=np.uint8)
-        images.append(np.asarray(cv2.add(smooth, grain), dtype=np.uint8))
-    return images
-
-
-def _levels(text: str) -> list[int]:
-    try:
-        levels = [int(step) for step in text.split(",")]
-    except ValueError:
-        levels = []
-    if not levels or min(levels) < 1:
-        raise BadInput("not levels of concurrency", where=text, fix="whole numbers from 1 on, such as 1,2,4")
-    return levels

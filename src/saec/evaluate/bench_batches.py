@@ -31,9 +31,8 @@ def bench_batches(
 ) -> Table:
     """Put batches of each size to a backend for ``seconds``, after one that is not counted; the queries in turn.
 
-    The backend is warmed up first. For decisions alone it must be set to ask
-    for no evidence (``tau`` 1): what was asked for nevertheless is counted in a note. A size that fails, such as one
-    that the memory does not hold, ends the curve with a note.
+    The backend is warmed up first. For decisions alone the queries must want no evidence: what was given nevertheless
+    is counted in a note. A size that fails, such as one that the memory does not hold, ends the curve with a note.
 
     Raises:
         BadInput: nothing to ask, or the backend does not answer the smallest batch.
