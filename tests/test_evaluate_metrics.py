@@ -9,20 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saec.errors import BadInput
-from saec.evaluate.metrics import (
+from saec.calibrate.metrics import (
     Confusion,
     accuracy,
     auroc,
     balanced_accuracy,
-    clopper_pearson,
     confusion,
     escape_rate,
     overkill_rate,
-    percentiles,
-    risk_coverage,
-    threshold_sweep,
 )
+from saec.errors import BadInput
+from saec.evaluate.metrics import clopper_pearson, percentiles, risk_coverage, threshold_sweep
 
 few = settings(deadline=None, max_examples=60)
 parts = st.lists(st.tuples(st.integers(-4, 4).map(float), st.booleans()), min_size=1, max_size=40)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from saec.calibrate.metrics import auroc
 from saec.config import Settings
 from saec.data.builders import build_folder, build_ksdd
 from saec.data.dataset import Dataset
@@ -19,7 +20,6 @@ from saec.data.elpv import build_elpv
 from saec.data.readers import read_dataset
 from saec.data.splitting import Shares
 from saec.edge.fit import fit_station
-from saec.evaluate.metrics import auroc
 from saec.evaluate.table import Cell, Table
 from saec.types import Label
 

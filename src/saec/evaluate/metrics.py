@@ -1,8 +1,6 @@
-"""Figures of a binary inspection run. Positive class = defect; scores are larger for more suspicious parts.
+"""Figures of a run beyond the rates of :mod:`saec.calibrate.metrics`: percentiles, intervals, and the report's curves.
 
-A rate whose denominator is empty is ``None``: it was not measured, which is not the same as 0. Unreadable parts never
-enter here: they are neither good nor defect, so they are left out of every rate and counted on their own
-(:mod:`saec.evaluate.summary`).
+Unreadable parts never enter here: they are left out and counted on their own (:mod:`saec.evaluate.summary`).
 """
 
 from __future__ import annotations
@@ -14,35 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saec.calibrate.escape import clopper_pearson_upper
-from saec.calibrate.metrics import (
-    Confusion,
-    accuracy,
-    auroc,
-    balanced_accuracy,
-    confusion,
-    counts_by_score,
-    escape_rate,
-    overkill_rate,
-    scored,
-)
+from saec.calibrate.metrics import counts_by_score, scored
 from saec.errors import BadInput
-
-# Confusion, rates and AUROC live in the calibrate room, because training reports them too.
-__all__ = [
-    "Confusion",
-    "RiskCoverage",
-    "Sweep",
-    "accuracy",
-    "auroc",
-    "balanced_accuracy",
-    "clopper_pearson",
-    "confusion",
-    "escape_rate",
-    "overkill_rate",
-    "percentiles",
-    "risk_coverage",
-    "threshold_sweep",
-]
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]

@@ -19,19 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saec.calibrate.calibration import ONE_GOOD
+from saec.calibrate.metrics import accuracy, auroc, balanced_accuracy, confusion, escape_rate, overkill_rate
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.evaluate.meter import Reading, mwh_per_correct
-from saec.evaluate.metrics import (
-    accuracy,
-    auroc,
-    balanced_accuracy,
-    clopper_pearson,
-    confusion,
-    escape_rate,
-    overkill_rate,
-    percentiles,
-)
+from saec.evaluate.metrics import clopper_pearson, percentiles
 from saec.types import Label, Reason, Verdict, Where
 
 if TYPE_CHECKING:
