@@ -250,9 +250,11 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(rows: Path, undisturbed: Pa
     with pytest.raises(BadInput, match=r"cannot be written \(.*No space left on device.*same command again"):
         run(rows, "run")
     monkeypatch.undo()
+    assert list((rows / "run/checkpoints").glob(".*"))
     watcher = Stops(at=-1)
     run(rows, "run", watcher=watcher)
     assert "resuming at step 4 of" in " ".join(watcher.said_lines)
+    assert not list((rows / "run/checkpoints").glob(".*")), "what the full disk left half is gone"
     assert losses(rows / "run") == losses(undisturbed / "run")
 
 

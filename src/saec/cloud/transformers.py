@@ -96,7 +96,8 @@ class TransformersBackend:
     def swap_adapter(self, folder: Path | None) -> None:
         """Answer with another adapter, or with none, from the next batch on; callable from any thread.
 
-        The new one is loaded and tried beside the one at work, which goes on alone if this fails.
+        The new one is loaded and tried beside the one at work, which goes on alone if this fails. Loupe, whose
+        projector comes with its adapter, answers with its own where no folder is named.
 
         Raises:
             BadInput: an adapter that does not fit the model, or with which its output is not a number.

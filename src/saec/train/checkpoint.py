@@ -50,7 +50,8 @@ def save_checkpoint(
     """
     place = folder / f"step-{at.step:08d}"
     beside = folder / f".{place.name}.new"
-    shutil.rmtree(beside, ignore_errors=True)
+    for torn in folder.glob(".step-*"):  # by a kill in the middle of a former one
+        shutil.rmtree(torn)
     beside.mkdir(parents=True)
     save_file({name: _plain(weight) for name, weight in learning.items()}, beside / _FILES[0])
     moments = {
