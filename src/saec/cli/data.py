@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,42 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Build data sets with disjoint splits, and prove that they are.")
 
-
-class Mode(StrEnum):
-    """How images get into a built folder."""
-
-    COPY = "copy"
-    SYMLINK = "symlink"
-
-
-class Labels(StrEnum):
-    """Which cells of ELPV are taken."""
-
-    CERTAIN = "certain"
-    ALL = "all"
-
-
-class Uncertain(StrEnum):
-    """What becomes of the cells in doubt."""
-
-    DROP = "drop"
-    TRAIN = "train"
-
-
-class Validation(StrEnum):
-    """What fine-tuning is validated on."""
-
-    TEST = "test"
-    CALIBRATION = "calibration"
-
-
-class Unit(StrEnum):
-    """What KolektorSDD keeps together."""
-
-    ITEM = "item"
-    CONTENT = "content"
-
-
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="The data set as it was downloaded.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to build.")]
 Seed = Annotated[int, typer.Option(help="Seed of all choices.")]
@@ -64,7 +27,7 @@ Exclude = Annotated[
         show_default=False,
     ),
 ]
-HowMode = Annotated[Mode, typer.Option(help="Copy the images, or link to them.")]
+HowMode = Annotated[Literal["copy", "symlink"], typer.Option(help="Copy the images, or link to them.")]
 Train = Annotated[float, typer.Option(help="Share of the good parts to fit on.")]
 Calibration = Annotated[float, typer.Option(help="Share of the good parts to calibrate on.")]
 DefectCalibration = Annotated[float, typer.Option(help="Share of the defects to calibrate on.")]
@@ -73,19 +36,19 @@ DefectCalibration = Annotated[float, typer.Option(help="Share of the defects to 
 @app.command()
 def elpv(
     out: Out,
-    labels: Annotated[Labels, typer.Option(help="Cells the experts agreed on, or all.")] = Labels.CERTAIN,
+    labels: Annotated[Literal["certain", "all"], typer.Option(help="Cells the experts agreed on, or all.")] = "certain",
     limit: Annotated[
         int | None, typer.Option(help="At most this many test parts of each product.", show_default=False)
     ] = None,
     uncertain: Annotated[
-        Uncertain, typer.Option(help="Cells in doubt: left out, or to train on with soft labels.")
-    ] = Uncertain.DROP,
+        Literal["drop", "train"], typer.Option(help="Cells in doubt: left out, or to train on with soft labels.")
+    ] = "drop",
     train: Train = 0.5,
     calibration: Calibration = 0.2,
     defect_train: Annotated[float, typer.Option(help="Share of the defects for saec train.")] = 0.4,
     defect_calibration: DefectCalibration = 0.2,
     seed: Seed = 2025,
-    mode: HowMode = Mode.COPY,
+    mode: HowMode = "copy",
     json_: JsonOption = False,
 ) -> None:
     """Real solar cells from the elpv-dataset package: two products, mono and poly."""
@@ -95,12 +58,12 @@ def elpv(
     shares = Shares(train, calibration, defect_calibration, defect_train)
     made = build_elpv(
         out,
-        labels=labels.value,
+        labels=labels,
         shares=shares,
-        uncertain=uncertain.value,
+        uncertain=uncertain,
         limit=limit,
         seed=seed,
-        mode=mode.value,
+        mode=mode,
     )
     _tell(made, out, json_=json_)
 
@@ -113,14 +76,14 @@ def mvtec_holdout(
     n_defect: Annotated[int, typer.Option(help="Defects.")] = 500,
     seed: Seed = 2025,
     exclude: Exclude = None,
-    mode: HowMode = Mode.COPY,
+    mode: HowMode = "copy",
     json_: JsonOption = False,
 ) -> None:
     """A holdout val/{good,defect} from the test images of MVTec AD, disjoint from training and exclusion lists."""
     from saec.data.builders import build_mvtec_holdout
 
     made = build_mvtec_holdout(
-        source, out, n_good=n_good, n_defect=n_defect, seed=seed, exclude=exclude or (), mode=mode.value
+        source, out, n_good=n_good, n_defect=n_defect, seed=seed, exclude=exclude or (), mode=mode
     )
     _tell(made, out, json_=json_)
 
@@ -135,15 +98,13 @@ def ksdd2(
     with_train: Annotated[bool, typer.Option("--with-train", help="Also write other good parts to fit on.")] = False,
     seed: Seed = 2025,
     exclude: Exclude = None,
-    mode: HowMode = Mode.COPY,
+    mode: HowMode = "copy",
     json_: JsonOption = False,
 ) -> None:
     """KolektorSDD2: all defects and equally many good parts."""
     from saec.data.builders import build_ksdd2
 
-    made = build_ksdd2(
-        source, out, n_good=n_good, with_train=with_train, seed=seed, exclude=exclude or (), mode=mode.value
-    )
+    made = build_ksdd2(source, out, n_good=n_good, with_train=with_train, seed=seed, exclude=exclude or (), mode=mode)
     _tell(made, out, json_=json_)
 
 
@@ -151,12 +112,14 @@ def ksdd2(
 def ksdd(
     source: Source,
     out: Out,
-    unit: Annotated[Unit, typer.Option(help="Keep whole items together, or only equal images.")] = Unit.ITEM,
+    unit: Annotated[
+        Literal["item", "content"], typer.Option(help="Keep whole items together, or only equal images.")
+    ] = "item",
     train: Train = 0.4,
     calibration: Calibration = 0.2,
     defect_calibration: DefectCalibration = 0.4,
     seed: Seed = 2025,
-    mode: HowMode = Mode.COPY,
+    mode: HowMode = "copy",
     json_: JsonOption = False,
 ) -> None:
     """KolektorSDD: train, calibration and test of 50 items, some of which it repeats."""
@@ -164,7 +127,7 @@ def ksdd(
     from saec.data.splitting import Shares
 
     shares = Shares(train, calibration, defect_calibration)
-    made = build_ksdd(source, out, unit=unit.value, shares=shares, seed=seed, mode=mode.value)
+    made = build_ksdd(source, out, unit=unit, shares=shares, seed=seed, mode=mode)
     _tell(made, out, json_=json_)
 
 
@@ -176,7 +139,7 @@ def folder(
     calibration: Calibration = 0.2,
     defect_calibration: DefectCalibration = 0.4,
     seed: Seed = 2025,
-    mode: HowMode = Mode.COPY,
+    mode: HowMode = "copy",
     json_: JsonOption = False,
 ) -> None:
     """Your own images in good/ and defect/ folders or a CSV file: train, calibration and test."""
@@ -184,7 +147,7 @@ def folder(
     from saec.data.splitting import Shares
 
     shares = Shares(train, calibration, defect_calibration)
-    _tell(build_folder(source, out, shares=shares, seed=seed, mode=mode.value), out, json_=json_)
+    _tell(build_folder(source, out, shares=shares, seed=seed, mode=mode), out, json_=json_)
 
 
 @app.command()
@@ -195,8 +158,9 @@ def sft(
         float | None, typer.Option(help="Share of the test defects to train on; 0.5 by default.", show_default=False)
     ] = None,
     val: Annotated[
-        Validation, typer.Option(help="What validates; calibration: the test split is left alone, train defects train.")
-    ] = Validation.TEST,
+        Literal["test", "calibration"],
+        typer.Option(help="What validates; calibration: the test split is left alone, train defects train."),
+    ] = "test",
     maps: Annotated[
         bool, typer.Option("--maps", help="Add anomaly maps, each from a memory without the part, and evidence.")
     ] = False,
@@ -215,7 +179,7 @@ def sft(
 
         extras = MapWriter(out)
     files = write_sft(
-        read_dataset(source), out, defect_train_ratio=defect_train_ratio, val=val.value, seed=seed, extras=extras
+        read_dataset(source), out, defect_train_ratio=defect_train_ratio, val=val, seed=seed, extras=extras
     )
     counts = ((files.train, files.n_train), (files.val, files.n_val))
     rows: list[Mapping[str, Cell]] = [{"file": str(file), "images": count} for file, count in counts]
@@ -223,7 +187,7 @@ def sft(
         print_json({"files": rows, "exclusion": str(files.exclusion), "left_out": files.left_out})
         return
     notes = [f"images to exclude from any test: {files.exclusion}"]
-    other = "calibration" if val is Validation.TEST else "test"
+    other = "calibration" if val == "test" else "test"
     notes += [f"{files.left_out} images of the {other} split are in neither"] if files.left_out else []
     print_tables(Table("Fine-tuning files", ("file", "images"), rows, notes))
 
