@@ -40,25 +40,25 @@ def test_the_demo_compares_four_ways_and_a_second_one_uses_data_and_station_agai
     for name in RUNS:
         assert name in found.out
     assert "opens offline" in found.out
-    runs = {name: RunFolder.load(tmp_path / "demo" / "runs" / name) for name in RUNS}
+    runs = {name: RunFolder.load(tmp_path / "demo" / "expert" / "runs" / name) for name in RUNS}
     assert {len(run.verdicts) for run in runs.values()} == {20}
     assert len({tuple(v.sha256 for v in run.verdicts) for run in runs.values()}) == 1
     assert runs["edge-only"].escalation == 0
     assert runs["cloud-only"].escalation == 1
     assert runs["cascade"].escalation <= 0.3 + 1 / 20
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo" / "expert" / "report.html").read_text()
     assert all(name in page for name in RUNS)
-    station = (tmp_path / "demo" / "station-expert" / "station.json").stat().st_mtime_ns
+    station = (tmp_path / "demo" / "expert" / "station" / "station.json").stat().st_mtime_ns
 
-    (tmp_path / "demo" / "report.html").unlink()  # as an interrupted demo leaves it: finished runs are kept
-    (tmp_path / "demo" / "runs" / "random" / "manifest.json").unlink()
-    begun = (tmp_path / "demo" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns
+    (tmp_path / "demo" / "expert" / "report.html").unlink()  # as an interrupted demo leaves it: finished runs are kept
+    (tmp_path / "demo" / "expert" / "runs" / "random" / "manifest.json").unlink()
+    begun = (tmp_path / "demo" / "expert" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns
     again = saec("demo", "--cloud", "expert", "--out", tmp_path / "demo", "--parts", 20)
     assert again.code == 0, again.err
     assert "the one of the last demo" in again.out
-    assert (tmp_path / "demo" / "station-expert" / "station.json").stat().st_mtime_ns == station
-    assert (tmp_path / "demo" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns == begun
-    manifest = json.loads((tmp_path / "demo" / "runs" / "random" / "manifest.json").read_text())
+    assert (tmp_path / "demo" / "expert" / "station" / "station.json").stat().st_mtime_ns == station
+    assert (tmp_path / "demo" / "expert" / "runs" / "edge-only" / "manifest.json").stat().st_mtime_ns == begun
+    manifest = json.loads((tmp_path / "demo" / "expert" / "runs" / "random" / "manifest.json").read_text())
     assert manifest["resumed"] is True
 
 

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saec.cli.options import ConfigOption, SetOption, dataset_of, load_station, settings_of
+from saec.cli.options import (
+    ConfigOption,
+    SetOption,
+    dataset_of,
+    load_station,
+    patient,
+    refuse_learnt,
+    settings_of,
+)
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,9 +44,6 @@ class Cloud(StrEnum):
 
 
 LOUPE = "loupe"
-
-PATIENCE_S = 60.0
-"""Shortest deadline of a question to the cloud."""
 
 
 def demo(
@@ -66,55 +71,61 @@ def demo(
     begun = time.monotonic()
     if parts < 8:
         raise BadInput("too few parts to compare anything", where=f"--parts {parts}", fix="at least 8")
-    settings = settings_of(config, set_)
-    # On a machine without a GPU a multimodal LLM takes seconds for a batch; nobody waits for a part here.
-    patient = settings.cloud.model_copy(update={"timeout_s": max(settings.cloud.timeout_s, PATIENCE_S)})
-    settings = settings.model_copy(update={"cloud": patient})
+    settings = patient(settings_of(config, set_), "mllm" if cloud is Cloud.LOUPE else None)
     manifest = build_elpv(out / "data")
     say(f"1  Data: {len(manifest.entries)} photographs of solar cells, split by content, the same image never twice.")
     dataset = dataset_of(out / "data", settings)
     chosen = sample(dataset.select(split="test").parts, parts)
-    if (out / REPORT).is_file():  # the last demo came to its end: this is a new one
-        shutil.rmtree(out / "runs", ignore_errors=True)
-        (out / REPORT).unlink()
+    place = out if cloud is Cloud.LOUPE else out / cloud
+    place.mkdir(exist_ok=True)
+    if (place / REPORT).is_file():  # the last demo came to its end: this is a new one
+        shutil.rmtree(place / "runs", ignore_errors=True)
+        (place / REPORT).unlink()
+    dials = [*(["--config", str(config)] if config else []), *(f"--set={item}" for item in set_ or ())]
     asked = _ask_loupe if cloud is Cloud.LOUPE else _ask_expert
-    with asked(out, dataset, settings) as (station, client):
+    with asked(place, dataset, settings, dials) as (station, client):
         say(f"3  Inspecting {len(chosen)} cells that nobody has seen yet, in four ways; the cloud is its own process.")
-        summaries = run_arms(chosen, station, settings, client, out / "runs")
+        summaries = run_arms(chosen, station, settings, client, place / "runs")
     print_tables(comparison(summaries, title=f"{len(chosen)} solar cells of ELPV, mono and poly"))
     say(verdict(summaries))
-    write_report([RunFolder.load(out / "runs" / name) for name in summaries], out / REPORT)
+    write_report([RunFolder.load(place / "runs" / name) for name in summaries], place / REPORT)
     say(f"Done in {time.monotonic() - begun:.0f} s.")
-    say_path("Report (one file, opens offline in any browser):", (out / REPORT).resolve())
+    say_path("Report (one file, opens offline in any browser):", (place / REPORT).resolve())
 
 
 @contextmanager
-def _ask_loupe(out: Path, dataset: Dataset, settings: Settings) -> Iterator[tuple[Station, CloudClient]]:
+def _ask_loupe(
+    place: Path, dataset: Dataset, settings: Settings, dials: Sequence[str]
+) -> Iterator[tuple[Station, CloudClient]]:
     """Start Loupe as the cloud, and calibrate the station with what it says of held-out cells."""
     from saec.cli.console import say
     from saec.cli.models import pulled
 
     pulled(LOUPE)
+    refuse_learnt("mllm", settings, [part for part in dataset if part.split != "train"])
     say("   Cloud: Loupe, a multimodal LLM of 160 million parameters, as a service on this machine.")
-    with _service(["--backend", "transformers", "--model", LOUPE], out, settings) as (url, client):
-        yield _station(out / "station", dataset, settings, cloud=url), client
+    command = ["--backend", "transformers", "--model", LOUPE, *dials]
+    with _service(command, place, settings) as (url, client):
+        yield _station(place / "station", dataset, settings, cloud=url, asked=client.model_id), client
 
 
 @contextmanager
-def _ask_expert(out: Path, dataset: Dataset, settings: Settings) -> Iterator[tuple[Station, CloudClient]]:
+def _ask_expert(
+    place: Path, dataset: Dataset, settings: Settings, dials: Sequence[str]
+) -> Iterator[tuple[Station, CloudClient]]:
     """Fit an expert with the station, and start it as the cloud."""
-    folder = out / "station-expert"
-    station = _station(folder, dataset, settings, cloud=None)
-    with _service(["--backend", "expert", "--station", str(folder)], out, settings) as (_, client):
+    station = _station(place / "station", dataset, settings, cloud=None, asked="expert")
+    command = ["--backend", "expert", "--station", str(place / "station"), *dials]
+    with _service(command, place, settings) as (_, client):
         yield station, client
 
 
 @contextmanager
-def _service(backend: Sequence[str], out: Path, settings: Settings) -> Iterator[tuple[str, CloudClient]]:
+def _service(command: Sequence[str], place: Path, settings: Settings) -> Iterator[tuple[str, CloudClient]]:
     from saec.cli.service import service_process
     from saec.cloud.client import HttpCloudClient, probe
 
-    with service_process(["cloud", "serve", "--port", "0", *backend], out / "cloud.log") as url:
+    with service_process(["cloud", "serve", "--port", "0", *command], place / "cloud.log") as url:
         client = HttpCloudClient(url, settings.cloud, model_id=probe(url, settings.cloud).model_id)
         try:
             yield url, client
@@ -122,12 +133,16 @@ def _service(backend: Sequence[str], out: Path, settings: Settings) -> Iterator[
             client.close()
 
 
-def _station(folder: Path, dataset: Dataset, settings: Settings, *, cloud: str | None) -> Station:
-    """Return the station of an earlier demo where it still fits, else fit one: for a cloud, or with an expert."""
+def _station(folder: Path, dataset: Dataset, settings: Settings, *, cloud: str | None, asked: str) -> Station:
+    """Return the station of an earlier demo where it still fits, else fit one: for a cloud, or with an expert.
+
+    A station is calibrated for one model; ``asked`` names it, in a file beside the station.
+    """
     from saec.cli.console import say, steps
     from saec.cli.fit import fit_into, statement, stepper
 
-    if folder.is_dir():
+    calibrated_for = folder.with_suffix(".cloud")
+    if calibrated_for.is_file() and calibrated_for.read_text(encoding="utf-8") == asked:
         try:
             station = load_station(folder, settings)
             say("2  Station: the one of the last demo.")
@@ -139,6 +154,7 @@ def _station(folder: Path, dataset: Dataset, settings: Settings, *, cloud: str |
     with steps() as progress:
         fit_into(folder, dataset, settings, expert=cloud is None, cloud=cloud, progress=stepper(progress))
     station = load_station(folder, settings)
+    calibrated_for.write_text(asked, encoding="utf-8")
     say(f"2  Station: fitted on good cells, calibrated on others, in {time.monotonic() - begun:.0f} s.")
     for product in station.products:
         say(f"   {product}: {statement(station, product)}")

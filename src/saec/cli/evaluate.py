@@ -23,6 +23,7 @@ from saec.cli.options import (
     dataset_of,
     load_station,
     open_cloud,
+    patient,
     refuse_learnt,
     settings_of,
 )
@@ -96,7 +97,7 @@ def evaluate(
     gates += [parse_gate(f"escape_rate<={max_escape}")] if max_escape is not None else []
     mode = _mode(edge_only, cloud_only, random_ratio, baseline)
     dials = {"route__mode": mode, "route__random_ratio": random_ratio, "route__budget_share": escalation}
-    settings = settings_of(config, set_, **dials)
+    settings = patient(settings_of(config, set_, **dials), cloud)
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     arm = None
@@ -135,7 +136,7 @@ def sweep(
     from saec.evaluate.runner import REPORT
     from saec.evaluate.summary import write_atomically
 
-    settings = settings_of(config, set_, route__mode="cascade", route__budget_share="")
+    settings = patient(settings_of(config, set_, route__mode="cascade", route__budget_share=""), cloud)
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     _needs_cloud("cloud_only", cloud, settings)

@@ -21,6 +21,7 @@ from saec.cli.options import (
     SetOption,
     dataset_of,
     open_cloud,
+    patient,
     refuse_learnt,
     settings_of,
 )
@@ -115,7 +116,7 @@ def fit(
     from saec.cli.console import print_json, print_tables, say, say_path, steps
 
     dials = {"calibration__escape": escape, "calibration__overkill": overkill, "calibration__escalation": escalation}
-    settings = settings_of(config, set_, **dials)
+    settings = patient(settings_of(config, set_, **dials), cloud)
     dataset = dataset_of(data, settings)
     dataset.require_good()
     begun = time.monotonic()

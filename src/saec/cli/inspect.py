@@ -21,6 +21,7 @@ from saec.cli.options import (
     StationOption,
     load_station,
     open_cloud,
+    patient,
     read_parts,
     settings_of,
 )
@@ -61,7 +62,7 @@ def inspect(
     from saec.cli.watch import Watcher, product_chooser
     from saec.evaluate.runner import check_products, contents, recorded, run_parts
 
-    settings = settings_of(config, set_, route__budget_share=escalation)
+    settings = patient(settings_of(config, set_, route__budget_share=escalation), cloud)
     _refuse_inside(out, images)
     judge = load_station(station, settings)
     done = recorded(out)

@@ -168,12 +168,12 @@ def verify(
 def _adapter_of(target: str, model: str | None) -> tuple[Path | None, str | None]:
     """Return the adapter that is meant and its base: a folder, or the one that ships with a model of the registry."""
     from saec.vlm import registry
+    from saec.vlm.trained import SHIPPED
 
     if (Path(target) / "adapter_config.json").is_file():
         return Path(target), model
     if target in registry.names() and registry.entry(target).family == "loupe":
-        shipped = Path(registry.__file__).parent / "loupe" / "adapter"
-        return (shipped if shipped.is_dir() else None), target
+        return (SHIPPED if SHIPPED.is_dir() else None), target
     return None, model
 
 

@@ -63,6 +63,21 @@ def settings_of(config: Path | None, overrides: Sequence[str] | None, **dials: o
     return load_settings(config, overrides=[*(overrides or ()), *given])
 
 
+PATIENCE_S = 60.0
+"""Shortest deadline of a question to a multimodal LLM on this machine, in seconds."""
+
+
+def patient(settings: Settings, cloud: str | None) -> Settings:
+    """Return settings that wait for a multimodal LLM on this machine: without a GPU a batch takes it seconds.
+
+    The local verdict's deadline is another: a part never waits for the cloud.
+    """
+    if (cloud or settings.cloud.url) != "mllm":
+        return settings
+    longer = {"timeout_s": max(settings.cloud.timeout_s, PATIENCE_S)}
+    return settings.model_copy(update={"cloud": settings.cloud.model_copy(update=longer)})
+
+
 def load_station(path: Path, settings: Settings) -> Station:
     """Return a station.
 
