@@ -223,6 +223,13 @@ class ExpertBackend:
         return float(1 / (1 + np.exp(-(spread - 105) / 10)))
 
 
+class TransformersBackend(ExpertBackend):
+    """As saec.cloud.transformers.TransformersBackend, but for the weights; the prompt's tau stands in the name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.model_id = f"{settings.mllm.model}-fake-{settings.mllm.tau}"
+
+
 def fit_expert(dataset: Dataset, settings: Settings, *, out: Path, progress: object) -> dict[str, float]:
     out.mkdir(parents=True)
     (out / "expert.json").write_text("{}")
@@ -249,7 +256,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules.update(modules())
+    made = types.ModuleType("saec.cloud.transformers")
+    made.__dict__["TransformersBackend"] = TransformersBackend
+    sys.modules.update({**modules(), made.__name__: made})
     from saec.cli import main
 
     main()

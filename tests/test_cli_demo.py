@@ -62,6 +62,19 @@ def test_the_demo_compares_four_ways_and_a_second_one_uses_data_and_station_agai
     assert manifest["resumed"] is True
 
 
+def test_loupe_is_pulled_asked_as_a_service_under_the_demo_s_settings_and_calibrated_for(tmp_path, cells, monkeypatch):
+    pulled = []
+    monkeypatch.setattr("saec.cli.models.pulled", pulled.append)
+    demo = ("demo", "--out", tmp_path / "demo", "--parts", 20)
+    found = saec(*demo, "--set", "mllm.tau=0.5")
+    assert found.code == 0, found.err
+    assert pulled == ["loupe"]
+    cascade = RunFolder.load(tmp_path / "demo" / "runs" / "cascade")
+    assert {v.models["cloud"] for v in cascade.verdicts if "cloud" in v.models} == {"loupe-fake-0.5"}
+    assert "the one of the last demo" in saec(*demo, "--set", "mllm.tau=0.5").out
+    assert "the one of the last demo" not in saec(*demo, "--set", "mllm.tau=0.6").out  # another model: calibrate again
+
+
 def test_without_the_images_the_demo_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
