@@ -22,10 +22,10 @@ from saec.cloud import transformers as backend_module  # noqa: E402
 from saec.cloud.ahead import Ahead, PreparedQuery  # noqa: E402
 from saec.cloud.embedded import EmbeddedClient  # noqa: E402
 from saec.cloud.transformers import TransformersBackend  # noqa: E402
-from saec.config import Settings  # noqa: E402
+from saec.config import PromptSettings, Settings  # noqa: E402
 from saec.errors import BadInput  # noqa: E402
 from saec.types import Box, CloudError, Opinion, Query, Reason  # noqa: E402
-from saec.vlm.decide import five_crops, p_defect, rank  # noqa: E402
+from saec.vlm.decide import five_crops, mirrored, p_defect, rank  # noqa: E402
 from saec.vlm.load import load_vlm  # noqa: E402
 from saec.vlm.prompt import VERSION, Ask, build_question  # noqa: E402
 from tiny_vlms import FAMILIES, save_tiny, save_tiny_adapter  # noqa: E402
@@ -192,6 +192,23 @@ def test_a_model_that_has_no_label_in_mind_gives_no_opinion_and_no_evidence(fold
     assert error.reason is Reason.CLOUD_BAD_ANSWER
     assert "0 and 1 have only" in str(error)
     assert asked == []
+
+
+def test_mirror_images_are_averaged_map_and_all_and_are_another_model_id(folders):
+    heatmap = np.arange(16, dtype=np.float32).reshape(4, 4)
+    query = part(0, anomaly_map=heatmap)
+    asked = build_question(query, Ask.LABEL, PromptSettings())
+    views = mirrored(asked, 4)
+    assert [view.anomaly_map[0, 0] for view in views] == [0, 15, 3, 12]
+    assert all(np.array_equal(view.part, view.content[-2]) and view.seen == asked.seen for view in views)
+    assert np.array_equal(views[1].part, asked.part[::-1, ::-1])
+    with backend_of(folders["qwen2.5-vl"], mirrors=4) as backend:
+        (found,) = opinions(backend.judge([query]))
+        settings = backend._settings
+        assert backend.model_id.endswith("+mirrors4")
+    views = mirrored(build_question(query, Ask.LABEL, settings), 4)
+    (wanted,) = rank(load_vlm(settings), [views])
+    assert found.p_defect == pytest.approx(wanted.p_defect, abs=1e-5)
 
 
 def test_ranking_judges_by_five_crops_and_is_another_model_id(folders):
@@ -377,7 +394,7 @@ def test_a_work_that_fails_fails_its_own_query():
 
 def test_images_are_prepared_while_the_model_is_at_work(folders, monkeypatch):
     at_work, go_on = threading.Event(), threading.Event()
-    decide = backend_module.p_defect
+    decide = backend_module.rank
 
     def slow(*args: object, **more: object) -> object:
         at_work.set()
@@ -385,7 +402,7 @@ def test_images_are_prepared_while_the_model_is_at_work(folders, monkeypatch):
         return decide(*args, **more)  # type: ignore[arg-type]
 
     with backend_of(folders["smolvlm"], workers=2) as backend:
-        monkeypatch.setattr(backend_module, "p_defect", slow)
+        monkeypatch.setattr(backend_module, "rank", slow)
         first = [backend.prepare(part(number)) for number in range(2)]
         answers: list[Opinion | Exception] = []
         model = threading.Thread(target=lambda: answers.extend(backend.judge(first)))

@@ -22,7 +22,7 @@ from saec.config import PromptSettings, Settings
 from saec.errors import BadInput
 from saec.types import CloudError, Evidence, Opinion, Query, Reason
 from saec.vlm.answers import Decision, UnusableAnswer, no_evidence, read_evidence
-from saec.vlm.decide import five_crops, generate_evidence, p_defect, rank
+from saec.vlm.decide import five_crops, generate_evidence, mirrored, p_defect, rank
 from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.prefix import PrefixCache
@@ -30,9 +30,6 @@ from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
 from saec.vlm.trained import as_trained
 
 logger = logging.getLogger(__name__)
-
-_RANKED = "+rank"
-"""In the model id when five crops decide: another P(defect) to whoever calibrated on it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +102,7 @@ class TransformersBackend:
         with self._swapping:
             wanted = as_trained(self._settings.model_copy(update={"adapter": folder}))
             vlm = load_vlm(wanted, base=None if self._serving is None else self._serving.base)
-            model_id = vlm.model_id + (_RANKED if self._settings.ranking else "")
+            model_id = vlm.model_id + self._way
             _check_numbers(vlm, p_defect(vlm, [build_question(probe(), Ask.LABEL, wanted)])[0])
             self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id, wanted)
             self.model_id = model_id
@@ -153,16 +150,25 @@ class TransformersBackend:
     def _ready(self, serving: _Serving, query: Query) -> _Ready:
         begun = time.monotonic()
         question = build_question(query, Ask.LABEL, serving.prompt)
-        views = five_crops(question, self._settings.crop_side) if self._settings.ranking else (question,)
-        encoded = tuple(map(serving.vlm.encoder.prepare, views))
+        encoded = tuple(map(serving.vlm.encoder.prepare, self._views(question)))
         return _Ready(serving, question, encoded, time.monotonic() - begun)
+
+    def _views(self, question: Question) -> tuple[Question, ...]:
+        if self._settings.ranking:
+            return five_crops(question, self._settings.crop_side)
+        return mirrored(question, self._settings.mirrors)
+
+    @property
+    def _way(self) -> str:
+        """Stands in the model id where not one look decides: another P(defect) to whoever calibrated on it."""
+        if self._settings.ranking:
+            return "+rank"
+        return f"+mirrors{self._settings.mirrors}" if self._settings.mirrors > 1 else ""
 
     def _decide(self, serving: _Serving, ready: Sequence[_Ready]) -> list[Decision]:
         if not ready:
             return []
-        if self._settings.ranking:
-            return rank(serving.vlm, [one.views for one in ready], prefixes=serving.prefixes)
-        return p_defect(serving.vlm, [one.views[0] for one in ready], prefixes=serving.prefixes)
+        return rank(serving.vlm, [one.views for one in ready], prefixes=serving.prefixes)
 
     def _evidence(
         self, serving: _Serving, queries: Sequence[Query], ready: dict[int, _Ready], decisions: dict[int, Decision]

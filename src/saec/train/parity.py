@@ -178,7 +178,7 @@ def _batch_gate(alone: Sequence[float], together: Sequence[float]) -> Gate:
 
 def _exact(mllm: MllmSettings, model: str, adapter: Path | None) -> MllmSettings:
     """Return the settings of serving in float32, with P(defect) for every image and no evidence written."""
-    exact = {"dtype": "float32", "four_bit": False, "ranking": False, "min_label_mass": 0.0, "tau": 1.0}
+    exact = {"dtype": "float32", "four_bit": False, "ranking": False, "mirrors": 1, "min_label_mass": 0.0, "tau": 1.0}
     return mllm.model_copy(update={**exact, "model": model, "adapter": adapter})
 
 

@@ -1,13 +1,15 @@
-"""Asking a multimodal LLM: P(defect) from one forward pass, five-crop ranking, and evidence in words and boxes."""
+"""Asking a multimodal LLM: P(defect) from one look or several, and evidence in words and boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from saec.types import Heatmap, Image
 from saec.vlm.answers import Decision
 from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm
@@ -28,14 +30,14 @@ def p_defect(vlm: Vlm, questions: Sequence[Asked], *, prefixes: PrefixCache | No
     return _decisions(_label_log_probabilities(vlm, questions, prefixes)[None])
 
 
-def rank(vlm: Vlm, crops: Sequence[Sequence[Asked]], *, prefixes: PrefixCache | None = None) -> list[Decision]:
-    """Decide each part from its crops (SAEC §5), in one forward pass for each crop.
+def rank(vlm: Vlm, looks: Sequence[Sequence[Asked]], *, prefixes: PrefixCache | None = None) -> list[Decision]:
+    """Decide each part from several looks at it, crops (SAEC §5) or mirror images, in one forward pass for each look.
 
-    The log-probabilities of the answers ``Label: 0`` and ``Label: 1`` are averaged over the crops, and P(defect) is the
+    The log-probabilities of the answers ``Label: 0`` and ``Label: 1`` are averaged over the looks, and P(defect) is the
     softmax of the two means: the larger wins at 0.5. Both answers begin with the same tokens, whose log-probabilities
     cancel in that softmax, so only the label's own token is scored.
     """
-    views = zip(*crops, strict=True)
+    views = zip(*looks, strict=True)
     return _decisions(torch.stack([_label_log_probabilities(vlm, view, prefixes) for view in views]))
 
 
@@ -46,6 +48,12 @@ def five_crops(question: Question, side: int) -> tuple[Question, ...]:
     right, bottom = width - across, height - down
     corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (right // 2, bottom // 2)]
     return tuple(_cropped(question, (x, y, x + across, y + down)) for x, y in corners)
+
+
+def mirrored(question: Question, count: int) -> tuple[Question, ...]:
+    """Return the question about the part and its mirror images: 2 adds the part turned by half, 4 both mirrors too."""
+    axes: tuple[tuple[int, ...], ...] = ((), (0, 1), (1,), (0,))
+    return tuple(_flipped(question, each) for each in axes[:count])
 
 
 def generate_evidence(vlm: Vlm, questions: Sequence[Question], *, max_tokens: int = 256) -> list[str]:
@@ -97,9 +105,20 @@ def _decisions(log_probabilities: torch.Tensor) -> list[Decision]:
     return [Decision(*values) for values in zip(p.tolist(), mass.tolist(), strict=True)]
 
 
+def _flipped(question: Question, axes: tuple[int, ...]) -> Question:
+    part = np.ascontiguousarray(np.flip(question.part, axes))
+    heatmap = None if question.anomaly_map is None else np.ascontiguousarray(np.flip(question.anomaly_map, axes))
+    return _showing(question, part, heatmap)
+
+
 def _cropped(question: Question, corners: tuple[int, int, int, int]) -> Question:
     x1, y1, x2, y2 = corners
     part = question.part[y1:y2, x1:x2]
     heatmap = None if question.anomaly_map is None else cut_map(question.anomaly_map, corners, question.seen)
+    return _showing(question, part, heatmap)
+
+
+def _showing(question: Question, part: Image, heatmap: Heatmap | None) -> Question:
     content = (*question.content[:-2], part, question.content[-1])
-    return replace(question, content=content, part=part, seen=(x2 - x1, y2 - y1), anomaly_map=heatmap)
+    seen = (part.shape[1], part.shape[0])
+    return replace(question, content=content, part=part, seen=seen, anomaly_map=heatmap)
