@@ -13,6 +13,7 @@ pytest.importorskip("peft", reason="the cloud extra is not installed")
 pytest.importorskip("gguf", reason="the cloud extra is not installed")
 
 import torch
+from safetensors.torch import load_file
 
 from saec.config import MllmSettings, PromptSettings
 from saec.errors import BadInput
@@ -143,6 +144,8 @@ def test_tower_language_model_and_projector_learn_and_are_served_as_trained(tmp_
     )
     saved = (result.release / "adapter_config.json").read_text()
     assert "vision_tower" in json.loads(saved)["target_modules"]
+    weights = load_file(result.release / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}  # half the size to ship
     rows = read_rows(tmp_path / "val.jsonl")
     served = with_adapter(loupe, result.release)
     p = p_defects(served, rows, settings.prompt, 4)

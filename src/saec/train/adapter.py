@@ -7,11 +7,11 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from saec.edge.folder import put_folder
@@ -141,7 +141,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def save_release(vlm: Vlm, folder: Path) -> None:
+def save_release(vlm: Vlm, folder: Path, *, dtype: Literal["float32", "float16"] = "float32") -> None:
     """Write the adapter folder that :func:`saec.vlm.load.load_vlm` takes, whole or not at all.
 
     Raises:
@@ -151,6 +151,9 @@ def save_release(vlm: Vlm, folder: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_adapter(vlm.model, beside, vlm)
+    if dtype == "float16":
+        halves = {name: weight.half() for name, weight in load_file(beside / WEIGHTS).items()}
+        save_file(halves, beside / WEIGHTS, metadata={"format": "pt"})
     (beside / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner, but a service may run as another user
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's model card, all of whose lines ask for more information
     sync(beside)

@@ -85,6 +85,9 @@ class TrainSettings(Section):
     keep: Literal["best", "last"] = Field(
         "best", description="Which adapter is the release: best by validation AUROC, or the last."
     )
+    release_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="Number format of saved adapters; float16 halves the files. Checkpoints keep float32."
+    )
     checkpoint_every: int = Field(100, ge=1, description="Steps of the optimizer between two checkpoints.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; none leaves it to the library.")
 

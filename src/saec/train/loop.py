@@ -254,8 +254,8 @@ def _evaluate(run: _Run, at: Position) -> None:
     p = evaluation.p_defects(run.vlm, run.val, run.settings.prompt, run.settings.evaluate_batch)
     found = evaluation.figures(run.val, p)
     if all(_rank(found) > _rank(entry) for entry in former):
-        adapter.save_release(run.vlm, run.out / "best")
-    adapter.save_release(run.vlm, run.out / "last")
+        adapter.save_release(run.vlm, run.out / "best", dtype=run.settings.release_dtype)
+    adapter.save_release(run.vlm, run.out / "last", dtype=run.settings.release_dtype)
     seconds = round(time.monotonic() - started, 3)
     # Last: a line in this log means that the adapters are on the disk.
     append_line(run.out / record.EVALUATIONS, {"epoch": at.epoch, "step": at.step, **found, "seconds": seconds})

@@ -29,7 +29,7 @@ from saec.vlm.trained import RUN as SUMMARY
 LOG, EVALUATIONS = "train.log.jsonl", "eval.jsonl"
 
 _LOCK = f"{BEGUN}.lock"
-_FREE = ("checkpoint_every", "threads")  # may differ in a resumed run
+_FREE = ("checkpoint_every", "release_dtype", "threads")  # may differ in a resumed run
 
 
 def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
