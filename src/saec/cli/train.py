@@ -69,13 +69,10 @@ def train(
 
 
 def _require_extra() -> None:
-    import logging
     from importlib.util import find_spec
 
     from saec.errors import BadInput
 
-    # On some CPUs bitsandbytes warns at import that it lacks a kernel which nobody has to install.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     missing = [name for name in ("torch", "transformers", "peft", "matplotlib") if find_spec(name) is None]
     if missing:
         raise BadInput(f"training needs {', '.join(missing)}", fix='pip install "saec[train]"')

@@ -7,7 +7,6 @@ Nothing is swallowed: weights that are missing, an adapter for another base or a
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ from saec.vlm.encode import Encoder, ProcessorEncoder
 from saec.vlm.processors import load_processor, model_type
 from saec.vlm.prompt import VERSION
 from saec.vlm.registry import resolve
-
-# It announces with every import that an optional kernel package is not there.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 LOADING = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
 """What loading a damaged or unfit model ends in: the libraries have no error of their own for it."""
