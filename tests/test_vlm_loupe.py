@@ -117,9 +117,12 @@ def test_only_the_asked_positions_are_put_through_the_vocabulary(loupe: Vlm):
     assert torch.allclose(every[:, -1:], last, atol=1e-5)
 
 
-def test_evidence_is_generated_with_the_image_read_once(loupe: Vlm):
+def test_evidence_is_generated_with_the_image_read_once(loupe: Vlm, monkeypatch: pytest.MonkeyPatch):
     asked = [ask_evidence(question(seed)) for seed in range(2)]
+    looks, see = [], loupe.model.see
+    monkeypatch.setattr(loupe.model, "see", lambda *args: looks.append(1) or see(*args))
     together = generate_evidence(loupe, asked, max_tokens=6)
+    assert len(looks) == 1  # a tower that runs with every word takes six times as long
     assert together == [generate_evidence(loupe, [one], max_tokens=6)[0] for one in asked]
     # Without the cache every step would see the whole prompt: the answer must be the same.
     batch = loupe.encoder.encode(asked[:1])

@@ -154,6 +154,6 @@ class Loupe(_PreTrainedModel, GenerationMixin):
         """The image enters with the first step; later steps read it from the cache."""
         anomaly_map = kwargs.pop("anomaly_map", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        if kwargs.get("is_first_iteration", True):
+        if kwargs.get("is_first_iteration"):
             inputs |= {"pixel_values": pixel_values, "anomaly_map": anomaly_map}
         return inputs
