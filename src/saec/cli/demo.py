@@ -50,7 +50,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything is put.")] = Path(
         "runs/demo"
     ),
-    parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 400,
+    parts: Annotated[int, typer.Option(help="Test images to inspect.")] = 250,
     cloud: Annotated[
         Cloud, typer.Option(help="The cloud: Loupe, the small multimodal LLM, or an expert fitted on the spot.")
     ] = Cloud.LOUPE,
