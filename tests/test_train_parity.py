@@ -331,7 +331,7 @@ def test_an_adapter_changed_after_its_training_is_caught_by_its_hash(run, tmp_pa
 
 
 def test_what_cannot_be_verified_is_one_line(root, tmp_path):
-    assert "only an adapter" in saec("models", "verify", "loupe", "--release", tmp_path / "x").error()
+    assert "only an adapter" in saec("models", "verify", "smolvlm", "--release", tmp_path / "x").error()
     orphan = shutil.copytree(root / "smolvlm-adapter", tmp_path / "orphan")
     assert "pass --model" in saec("models", "verify", orphan).error()
     (tmp_path / "mine").mkdir()
