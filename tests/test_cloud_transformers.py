@@ -22,7 +22,7 @@ from saec.cloud import transformers as backend_module  # noqa: E402
 from saec.cloud.ahead import Ahead, PreparedQuery  # noqa: E402
 from saec.cloud.embedded import EmbeddedClient  # noqa: E402
 from saec.cloud.transformers import TransformersBackend  # noqa: E402
-from saec.config import PromptSettings, Settings  # noqa: E402
+from saec.config import PromptSettings, Settings, load_settings  # noqa: E402
 from saec.errors import BadInput  # noqa: E402
 from saec.types import Box, CloudError, Opinion, Query, Reason  # noqa: E402
 from saec.vlm.decide import five_crops, mirrored, p_defect, rank  # noqa: E402
@@ -202,6 +202,7 @@ def test_mirror_images_are_averaged_map_and_all_and_are_another_model_id(folders
     assert [view.anomaly_map[0, 0] for view in views] == [0, 15, 3, 12]
     assert all(np.array_equal(view.part, view.content[-2]) and view.seen == asked.seen for view in views)
     assert np.array_equal(views[1].part, asked.part[::-1, ::-1])
+    assert load_settings(overrides=["mllm.mirrors=4"], environ={}).mllm.mirrors == 4  # a command line has only text
     with backend_of(folders["qwen2.5-vl"], mirrors=4) as backend:
         (found,) = opinions(backend.judge([query]))
         settings = backend._settings

@@ -163,10 +163,12 @@ class MllmSettings(PromptSettings):
         "auto", description="Where it runs; auto takes a GPU if there is one."
     )
     ranking: bool = Field(False, description="Judge by five crops instead of one look (SAEC's ranking with TTA).")
-    mirrors: Literal[1, 2, 4] = Field(
+    mirrors: int = Field(
         1,
-        description="Average over the part and its mirror images: 2 adds the part turned by half, 4 also each mirror "
-        "image. For parts without an up and a down; a verdict takes that many times as long.",
+        ge=1,
+        le=4,
+        description="Average over this many views: the part, the part turned by half, its two mirror images. For parts "
+        "without an up and a down; a verdict takes that many times as long.",
     )
     crop_side: int = Field(448, ge=28, description="Longest side of the five crops.")
     prefix_cache: int = Field(
