@@ -18,7 +18,7 @@ from saec.data.decode import read_image
 from saec.data.splitting import GroupedPart
 from saec.edge.backbone import Backbone, Features, working_sides
 from saec.edge.detector import MemoryDetector, PatchPool
-from saec.edge.evidence import heatmap_evidence
+from saec.edge.evidence import heatmap_evidence, relative
 from saec.edge.fitters import heat_threshold
 from saec.errors import BadInput
 from saec.types import Box, Heatmap, Image, Label, Observation
@@ -62,7 +62,7 @@ class MapWriter:
         level = heat_threshold([seen[at] for at in good])
         rows = {}
         for at, one in enumerate(parts):
-            heatmap = np.asarray(seen[at].heatmap, dtype=np.float32) / np.float32(level)
+            heatmap = relative(np.asarray(seen[at].heatmap, dtype=np.float32), level)
             name = f"{one.print.sha256[:16]}.npy"
             np.save(self._folder / name, heatmap, allow_pickle=False)
             rows[one.print.sha256] = {"anomaly_map": f"{self._folder.name}/{name}"}
