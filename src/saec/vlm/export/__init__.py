@@ -1,0 +1,1 @@
+"""From checkpoints to ONNX graphs: decoder, vision tower, embeddings. Needs ``saec[export]``; no torch."""
