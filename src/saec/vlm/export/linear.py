@@ -160,7 +160,7 @@ def _int4(graph: Graph, x: str, layer: Linear) -> str:
     sizes: dict[str, Any] = {"K": across, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
     y = graph.op("MatMulNBits", *inputs, domain=MICROSOFT, **sizes)
     rest = blocks.minimum + zero * blocks.scale
-    if not np.any(np.abs(rest) > 1e-6 * blocks.scale):
+    if not np.any(np.abs(rest) > 1e-6 * np.abs(blocks.scale)):
         return y
     # GGUF's blocks begin anywhere, the fast kernel wants 0 to be one of the 16 values: what is left over is a constant
     # in each block, and so a small product with the sums of the input's blocks. Exact, at a 32nd of the cost.

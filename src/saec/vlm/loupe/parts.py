@@ -56,7 +56,7 @@ def assemble(tower: Path, gguf: LlamaGguf, *, dtype: torch.dtype = torch.float32
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": shape.context,
+        "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.rms_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "tie_word_embeddings": True,
