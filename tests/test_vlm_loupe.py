@@ -195,7 +195,7 @@ def test_the_real_tower_is_the_one_in_its_file_and_the_real_words_are_transforme
     from transformers import AutoModelForCausalLM
 
     from saec.vlm.load import load_vlm
-    from saec.vlm.loupe.parts import LANGUAGE_FILE, TOWER_FILE
+    from saec.vlm.loupe import LANGUAGE_FILE, TOWER_FILE
 
     files = resolve("loupe")
     model = load_vlm(MllmSettings(dtype="float32")).model

@@ -70,7 +70,7 @@ def load_vlm(settings: MllmSettings, *, base: Vlm | None = None) -> Vlm:
 def _bare(settings: MllmSettings) -> Vlm:
     files = resolve(settings.model)
     if files.family == "loupe":
-        from saec.vlm.loupe import load_loupe
+        from saec.vlm.loupe.load import load_loupe
 
         return load_loupe(files, settings)
     return _load_base(files.folder, settings)

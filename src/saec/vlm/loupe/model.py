@@ -16,24 +16,21 @@ from transformers import PreTrainedModel as _PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
+from saec.vlm.loupe.inputs import LOUPE, LoupeSizes
+
 
 class LoupeConfig(PreTrainedConfig):
-    """Sizes of the parts.
-
-    ``image_side`` is the side of the square the tower sees, in pixels; ``merge`` x ``merge`` patches make one visual
-    token; ``tower_layers`` are the blocks whose normalised outputs are concatenated. Log anomaly maps are standardised
-    by ``map_mean`` and ``map_std``.
-    """
+    """Sizes of the parts: those of :class:`~saec.vlm.loupe.inputs.LoupeSizes`, and the projector's own."""
 
     model_type = "loupe"
 
-    image_side: int = 224
-    patch: int = 14
-    merge: int = 2
-    tower_layers: tuple[int, ...] = (9, 12)
-    image_token_id: int = 16
-    map_mean: float = -0.35
-    map_std: float = 0.15
+    image_side: int = LOUPE.image_side
+    patch: int = LOUPE.patch
+    merge: int = LOUPE.merge
+    tower_layers: tuple[int, ...] = LOUPE.tower_layers
+    image_token_id: int = LOUPE.image_token
+    map_mean: float = LOUPE.map_mean
+    map_std: float = LOUPE.map_std
     map_hidden: int = 64
     text_config: Any = None
     vision_config: Any = None
@@ -44,14 +41,17 @@ class LoupeConfig(PreTrainedConfig):
     }
 
     @property
-    def tokens_a_side(self) -> int:
-        """Visual tokens in a row, and rows of them."""
-        return self.image_side // self.patch // self.merge
-
-    @property
-    def image_tokens(self) -> int:
-        """Visual tokens of one image."""
-        return self.tokens_a_side**2
+    def sizes(self) -> LoupeSizes:
+        """What the inputs depend on."""
+        return LoupeSizes(
+            self.image_side,
+            self.patch,
+            self.merge,
+            tuple(self.tower_layers),
+            self.image_token_id,
+            self.map_mean,
+            self.map_std,
+        )
 
 
 class Projector(nn.Module):
@@ -121,7 +121,7 @@ class Loupe(_PreTrainedModel, GenerationMixin):
 
     def _merge(self, patches: Tensor) -> Tensor:
         """[B, patches, C] row by row -> [B, T, merge^2 C]: squares of patches become one token."""
-        n, side, merge = len(patches), self.config.tokens_a_side, self.config.merge
+        n, side, merge = len(patches), self.config.sizes.patches // self.config.merge, self.config.merge
         grid = patches.reshape(n, side, merge, side, merge, -1).transpose(2, 3)
         return grid.reshape(n, side * side, -1)
 
