@@ -59,6 +59,11 @@ class LlamaGguf:
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise BadInput(f"not a readable GGUF file ({error})", where=path, fix="pull the model again") from None
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What weights there are, and their shapes."""
+        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+
     def weights(self) -> Iterator[tuple[str, Array]]:
         """Yield (Hugging Face's name, float32 array), dequantised one at a time."""
         for name in self._tensors:

@@ -69,7 +69,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
             head_dim=text.get("head_dim") or hidden // heads,
             max_positions=text["max_position_embeddings"],
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 10_000.0,
-            rms_eps=text["rms_norm_eps"],
+            rms_eps=text.get("rms_norm_eps", 1e-6),
             qkv_bias=family == "qwen2" or bias,
             o_bias=family == "llama" and bias,
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
