@@ -25,8 +25,9 @@ from saec.cloud.transformers import TransformersBackend  # noqa: E402
 from saec.config import PromptSettings, Settings, load_settings  # noqa: E402
 from saec.errors import BadInput  # noqa: E402
 from saec.types import Box, CloudError, Opinion, Query, Reason  # noqa: E402
-from saec.vlm.decide import five_crops, mirrored, p_defect, rank  # noqa: E402
+from saec.vlm.decide import p_defect, rank  # noqa: E402
 from saec.vlm.load import load_vlm  # noqa: E402
+from saec.vlm.looks import five_crops, mirrored  # noqa: E402
 from saec.vlm.prompt import VERSION, Ask, build_question  # noqa: E402
 from tiny_vlms import FAMILIES, save_tiny, save_tiny_adapter  # noqa: E402
 

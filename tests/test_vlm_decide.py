@@ -16,9 +16,10 @@ from hypothesis import strategies as st  # noqa: E402
 
 from cloud_fakes import query  # noqa: E402
 from saec.config import MllmSettings  # noqa: E402
-from saec.vlm.decide import Decision, five_crops, generate_evidence, p_defect, rank  # noqa: E402
+from saec.vlm.decide import Decision, generate_evidence, p_defect, rank  # noqa: E402
 from saec.vlm.encode import IGNORED  # noqa: E402
 from saec.vlm.load import Vlm, load_vlm  # noqa: E402
+from saec.vlm.looks import five_crops  # noqa: E402
 from saec.vlm.prefix import PROVED, PrefixCache  # noqa: E402
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question  # noqa: E402
 from saec.vlm.run import forward  # noqa: E402

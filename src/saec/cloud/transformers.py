@@ -7,7 +7,6 @@ sentence. Failing to get evidence never changes the verdict: it is said in ``Evi
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -18,13 +17,14 @@ import torch
 
 from saec.cloud.ahead import Ahead
 from saec.cloud.backend import probe
+from saec.cloud.judging import check_numbers, evidence_of, is_defect, opinion
 from saec.config import PromptSettings, Settings
-from saec.errors import BadInput
-from saec.types import CloudError, Evidence, Opinion, Query, Reason
-from saec.vlm.answers import Decision, UnusableAnswer, no_evidence, read_evidence
-from saec.vlm.decide import five_crops, generate_evidence, mirrored, p_defect, rank
+from saec.types import Evidence, Opinion, Query
+from saec.vlm.answers import Decision, no_evidence
+from saec.vlm.decide import generate_evidence, p_defect, rank
 from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm, load_vlm
+from saec.vlm.looks import views, way
 from saec.vlm.prefix import PrefixCache
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
 from saec.vlm.trained import as_trained
@@ -102,8 +102,8 @@ class TransformersBackend:
         with self._swapping:
             wanted = as_trained(self._settings.model_copy(update={"adapter": folder}))
             vlm = load_vlm(wanted, base=None if self._serving is None else self._serving.base)
-            model_id = vlm.model_id + self._way
-            _check_numbers(vlm, p_defect(vlm, [build_question(probe(), Ask.LABEL, wanted)])[0])
+            model_id = vlm.model_id + way(self._settings)
+            check_numbers(p_defect(vlm, [build_question(probe(), Ask.LABEL, wanted)])[0], vlm.model_id)
             self._serving = _Serving(vlm, PrefixCache(vlm, self._settings.prefix_cache), model_id, wanted)
             self.model_id = model_id
 
@@ -134,7 +134,7 @@ class TransformersBackend:
             timing_ms["label"] = (decided - waited) * 1e3
             if place in evidence:
                 timing_ms["evidence"] = (asked - decided) * 1e3
-            answers[place] = self._opinion(serving, decision, evidence.get(place), timing_ms)
+            answers[place] = opinion(decision, evidence.get(place), serving.model_id, self._settings, timing_ms)
         return [answer for answer in answers if answer is not None]
 
     def close(self) -> None:
@@ -150,20 +150,8 @@ class TransformersBackend:
     def _ready(self, serving: _Serving, query: Query) -> _Ready:
         begun = time.monotonic()
         question = build_question(query, Ask.LABEL, serving.prompt)
-        encoded = tuple(map(serving.vlm.encoder.prepare, self._views(question)))
+        encoded = tuple(map(serving.vlm.encoder.prepare, views(question, self._settings)))
         return _Ready(serving, question, encoded, time.monotonic() - begun)
-
-    def _views(self, question: Question) -> tuple[Question, ...]:
-        if self._settings.ranking:
-            return five_crops(question, self._settings.crop_side)
-        return mirrored(question, self._settings.mirrors)
-
-    @property
-    def _way(self) -> str:
-        """Stands in the model id where not one look decides: another P(defect) to whoever calibrated on it."""
-        if self._settings.ranking:
-            return "+rank"
-        return f"+mirrors{self._settings.mirrors}" if self._settings.mirrors > 1 else ""
 
     def _decide(self, serving: _Serving, ready: Sequence[_Ready]) -> list[Decision]:
         if not ready:
@@ -175,7 +163,7 @@ class TransformersBackend:
     ) -> dict[int, Evidence]:
         """Return evidence for the defects among the decisions, or the record of why there is none."""
         wanted = [place for place, decision in decisions.items() if queries[place].evidence]
-        places = [place for place in wanted if self._is_defect(decisions[place])]
+        places = [place for place in wanted if is_defect(decisions[place], self._settings)]
         if not places:
             return {}
         source = serving.model_id
@@ -185,33 +173,7 @@ class TransformersBackend:
         except Exception as error:  # whatever a model throws here, the verdicts stand
             logger.exception("no evidence for %d parts", len(places))
             return dict.fromkeys(places, no_evidence(error, source=source))
-        found = {}
-        for place, question, text in zip(places, questions, texts, strict=True):
-            try:
-                found[place] = read_evidence(text, question.seen, queries[place], source=source)
-            except UnusableAnswer as error:
-                found[place] = no_evidence(error, source=source)
-        return found
-
-    def _is_defect(self, decision: Decision) -> bool:
-        return decision.mass >= self._settings.min_label_mass and decision.p_defect >= self._settings.tau
-
-    def _opinion(
-        self, serving: _Serving, decision: Decision, evidence: Evidence | None, timing_ms: dict[str, float]
-    ) -> Opinion | Exception:
-        if not decision.mass >= self._settings.min_label_mass:  # NaN neither
-            what = f"{serving.model_id}: 0 and 1 have only {decision.mass:.2g} of the probability"
-            return CloudError(Reason.CLOUD_BAD_ANSWER, what)
-        return Opinion(
-            decision.p_defect,
-            evidence or Evidence(source=serving.model_id),
-            serving.model_id,
-            timing_ms,
-            diagnostics={"label_mass": decision.mass},
-        )
-
-
-def _check_numbers(vlm: Vlm, decision: Decision) -> None:
-    if math.isnan(decision.mass):
-        fix = "check the weights, or set mllm.dtype to a format of greater range, such as bfloat16"
-        raise BadInput("the model's output is not a number", where=vlm.model_id, fix=fix)
+        return {
+            place: evidence_of(text, question.seen, queries[place], source=source)
+            for place, question, text in zip(places, questions, texts, strict=True)
+        }

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from saec.types import Heatmap, Image
 from saec.vlm.answers import Decision
 from saec.vlm.encode import Encoded
 from saec.vlm.load import Vlm
+from saec.vlm.looks import decisions
 from saec.vlm.prefix import PrefixCache
 from saec.vlm.prompt import Question
 from saec.vlm.run import forward, on_device
-from saec.vlm.view import cut_map
 
 Asked = Question | Encoded
 """A question, or what :meth:`Encoder.prepare` made of it beforehand."""
@@ -27,7 +26,7 @@ def p_defect(vlm: Vlm, questions: Sequence[Asked], *, prefixes: PrefixCache | No
 
     ``prefixes`` keeps what the questions of a product have in common from one batch to the next.
     """
-    return _decisions(_label_log_probabilities(vlm, questions, prefixes)[None])
+    return decisions(_label_log_probabilities(vlm, questions, prefixes)[None])
 
 
 def rank(vlm: Vlm, looks: Sequence[Sequence[Asked]], *, prefixes: PrefixCache | None = None) -> list[Decision]:
@@ -38,22 +37,7 @@ def rank(vlm: Vlm, looks: Sequence[Sequence[Asked]], *, prefixes: PrefixCache | 
     cancel in that softmax, so only the label's own token is scored.
     """
     views = zip(*looks, strict=True)
-    return _decisions(torch.stack([_label_log_probabilities(vlm, view, prefixes) for view in views]))
-
-
-def five_crops(question: Question, side: int) -> tuple[Question, ...]:
-    """Return the question about the four corners and the centre of the part, at most ``side`` pixels wide and high."""
-    width, height = question.seen
-    across, down = min(side, width), min(side, height)
-    right, bottom = width - across, height - down
-    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (right // 2, bottom // 2)]
-    return tuple(_cropped(question, (x, y, x + across, y + down)) for x, y in corners)
-
-
-def mirrored(question: Question, count: int) -> tuple[Question, ...]:
-    """Return the question about the part and its mirror images: 2 adds the part turned by half, 4 both mirrors too."""
-    axes: tuple[tuple[int, ...], ...] = ((), (0, 1), (1,), (0,))
-    return tuple(_flipped(question, each) for each in axes[:count])
+    return decisions(np.stack([_label_log_probabilities(vlm, view, prefixes) for view in views]))
 
 
 def generate_evidence(vlm: Vlm, questions: Sequence[Question], *, max_tokens: int = 256) -> list[str]:
@@ -80,12 +64,12 @@ def generate_evidence(vlm: Vlm, questions: Sequence[Question], *, max_tokens: in
     return [str(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def _label_log_probabilities(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixCache | None) -> torch.Tensor:
-    """Return the log-probabilities [B, 2] of ``0`` and ``1``, in float64 on the CPU."""
+def _label_log_probabilities(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixCache | None) -> NDArray[np.float64]:
+    """Return the log-probabilities [B, 2] of ``0`` and ``1``."""
     with torch.inference_mode():
         logits = _next_token_logits(vlm, asked, prefixes).float()
         found = logits[:, list(vlm.encoder.label_tokens)] - logits.logsumexp(dim=1, keepdim=True)
-        return found.double().cpu()
+        return np.asarray(found.double().cpu().numpy())
 
 
 def _next_token_logits(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixCache | None) -> torch.Tensor:
@@ -96,29 +80,3 @@ def _next_token_logits(vlm: Vlm, asked: Sequence[Asked], prefixes: PrefixCache |
         if logits is not None:
             return logits
     return forward(vlm, encoder.collate(rows)).logits[:, -1]
-
-
-def _decisions(log_probabilities: torch.Tensor) -> list[Decision]:
-    """Return the decisions from log-probabilities [views, B, 2]."""
-    mass = log_probabilities.exp().sum(dim=2).mean(dim=0).clamp(max=1.0)
-    p = log_probabilities.mean(dim=0).softmax(dim=1)[:, 1]
-    return [Decision(*values) for values in zip(p.tolist(), mass.tolist(), strict=True)]
-
-
-def _flipped(question: Question, axes: tuple[int, ...]) -> Question:
-    part = np.ascontiguousarray(np.flip(question.part, axes))
-    heatmap = None if question.anomaly_map is None else np.ascontiguousarray(np.flip(question.anomaly_map, axes))
-    return _showing(question, part, heatmap)
-
-
-def _cropped(question: Question, corners: tuple[int, int, int, int]) -> Question:
-    x1, y1, x2, y2 = corners
-    part = question.part[y1:y2, x1:x2]
-    heatmap = None if question.anomaly_map is None else cut_map(question.anomaly_map, corners, question.seen)
-    return _showing(question, part, heatmap)
-
-
-def _showing(question: Question, part: Image, heatmap: Heatmap | None) -> Question:
-    content = (*question.content[:-2], part, question.content[-1])
-    seen = (part.shape[1], part.shape[0])
-    return replace(question, content=content, part=part, seen=seen, anomaly_map=heatmap)
