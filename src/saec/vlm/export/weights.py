@@ -38,18 +38,29 @@ def open_decoder(source: Path) -> tuple[DecoderShape, DecoderWeights]:
         gguf = LlamaGguf(source)
         _check(gguf.shape, gguf.shapes, dict.fromkeys(gguf.shapes, source), source)
         return gguf.shape, gguf
-    config = read_record(source / CONFIG) if source.is_dir() else None
-    if config is None:
-        raise BadInput("no checkpoint here", where=source, fix=f"pass a folder with {CONFIG}, or a .gguf file")
+    shape = config_shape(source)
     tensors = open_checkpoint(source)
     names = _standard_names(tensors.shapes, source)
-    shape = read_shape(config, where=source / CONFIG)
-    text = config.get("text_config") or config.get("llm_config") or config
+    config = read_record(source / CONFIG)
+    text = config.get("text_config") or config.get("llm_config") or {}
     if _HEAD not in names and "tie_word_embeddings" not in {**config, **text}:
         shape = shape.model_copy(update={"tied": True})  # the default differs between versions; the files know
     found = {name: tensors.shapes[stored] for name, stored in names.items()}
     _check(shape, found, {name: tensors.file(stored) for name, stored in names.items()}, source)
     return shape, _Stored(tensors, names)
+
+
+def config_shape(source: Path) -> DecoderShape:
+    """Return the shape that the configuration of a checkpoint folder, or the head of a ``.gguf`` file, states.
+
+    Raises:
+        BadInput: no configuration there, or one of another architecture.
+    """
+    if source.suffix == ".gguf":
+        return LlamaGguf(source).shape
+    if not (source / CONFIG).is_file():
+        raise BadInput("no checkpoint here", where=source, fix=f"pass a folder with {CONFIG}, or a .gguf file")
+    return read_shape(read_record(source / CONFIG), where=source / CONFIG)
 
 
 def weight_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
