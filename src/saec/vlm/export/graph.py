@@ -34,6 +34,7 @@ class Graph:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._domains: set[str] = set()
+        self._renamed: dict[str, str] = {}
 
     def input(self, spec: TensorSpec) -> str:
         """Declare an input."""
@@ -41,8 +42,8 @@ class Graph:
         return spec.name
 
     def output(self, spec: TensorSpec, value: str) -> None:
-        """Declare an output and let it be ``value``."""
-        self._nodes.append(helper.make_node("Identity", [value], [spec.name], name=f"out/{spec.name}"))
+        """Declare an output and let it be ``value``, which a node made."""
+        self._renamed[value] = spec.name  # a node that only copied it would cost its share of every step
         self._outputs.append(_declared(spec))
 
     def weight(self, name: str, values: NDArray[Any]) -> str:
@@ -107,6 +108,9 @@ class Graph:
         return [file, data]
 
     def _model(self, weights: Iterable[onnx.TensorProto], metadata: Mapping[str, str] | None) -> onnx.ModelProto:
+        for node in self._nodes:
+            node.input[:] = [self._renamed.get(name, name) for name in node.input]
+            node.output[:] = [self._renamed.get(name, name) for name in node.output]
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, list(weights))
         opsets = [helper.make_opsetid("", OPSET)]
         opsets += [helper.make_opsetid(domain, 1) for domain in sorted(self._domains - {""})]
