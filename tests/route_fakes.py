@@ -144,8 +144,34 @@ class FakeCloud:
         return
 
 
-def make_settings(*, route: dict[str, object] | None = None, cloud: dict[str, object] | None = None) -> Settings:
-    return Settings.model_validate({"route": route or {}, "cloud": cloud or {}})
+class FakeExplainer:
+    """Says of every part which one it is; ``before`` may wait or raise instead, given the number of the call."""
+
+    model_id = "fake-vlm-1"
+
+    def __init__(self, *, before: Callable[[int], None] | None = None, in_time: bool = True) -> None:
+        self.before = before
+        self.in_time = in_time
+        self.queries: list[Query] = []
+
+    def explain(self, query: Query, *, deadline: float) -> Evidence | None:
+        self.queries.append(query)
+        if self.before is not None:
+            self.before(len(self.queries))
+        box = Box(1, 1, 2, 2)  # the model's own idea of where: not asked for
+        return Evidence((box,), "surface", f"a scratch on {query.part_id}", self.model_id) if self.in_time else None
+
+    def close(self) -> None:
+        return
+
+
+def make_settings(
+    *,
+    route: dict[str, object] | None = None,
+    cloud: dict[str, object] | None = None,
+    explain: dict[str, object] | None = None,
+) -> Settings:
+    return Settings.model_validate({"route": route or {}, "cloud": cloud or {}, "explain": explain or {}})
 
 
 def run_line(
@@ -157,6 +183,7 @@ def run_line(
     *,
     decode: Callable[[Path], tuple[str, Image]] = fake_decode,
     scene: Callable[[Image], SceneScore] = fake_scene,
+    explainer: FakeExplainer | None = None,
     on_verdict: OnVerdict | None = None,
 ) -> PipelineStats:
     with Ledger(folder / "ledger.sqlite") as ledger:
@@ -168,5 +195,6 @@ def run_line(
             cloud=cloud,
             settings=settings or make_settings(),
             ledger=ledger,
+            explainer=explainer,
             on_verdict=on_verdict,
         )

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from route_fakes import FakeCloud, FakeEdge, fake_decode, fake_scene, make_parts, make_settings
+from route_fakes import FakeCloud, FakeEdge, FakeExplainer, fake_decode, fake_scene, make_parts, make_settings
 from saec.fleet.ledger import Ledger
 from saec.route.pipeline import inspect_stream
-from saec.types import EdgeResult, Image, Opinion, Query, Verdict
+from saec.types import EdgeResult, Evidence, Image, Opinion, Query, Verdict
 
 
 def main(folder: Path, count: int) -> None:
@@ -32,8 +32,14 @@ def main(folder: Path, count: int) -> None:
             note("cloud", str(int(query.part_id.split("-")[0])))
             return super().judge(query, deadline_s=deadline_s)
 
+    class LoggedExplainer(FakeExplainer):
+        def explain(self, query: Query, *, deadline: float) -> Evidence | None:
+            note("explain", str(int(query.part_id.split("-")[0])))
+            return super().explain(query, deadline=deadline)
+
     def on_verdict(verdict: Verdict, final: bool) -> None:
-        note("final" if final else "local", str(int(verdict.part_id.split("-")[0])))
+        what = "explained" if verdict.explanation is not None else "final" if final else "local"
+        note(what, str(int(verdict.part_id.split("-")[0])))
 
     settings = make_settings(route={"budget_share": 0.25, "queue": 4}, cloud={"in_flight": 2})
     with Ledger(folder / "ledger.sqlite") as ledger:
@@ -46,6 +52,7 @@ def main(folder: Path, count: int) -> None:
             cloud=LoggedCloud(0.008),
             settings=settings,
             ledger=ledger,
+            explainer=LoggedExplainer(),
             on_verdict=on_verdict,
         )
         ledger.export_jsonl(folder / "predictions.jsonl")

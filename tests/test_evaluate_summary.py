@@ -124,6 +124,7 @@ def test_the_pipelines_own_times_are_taken_over() -> None:
         "local_s": 2.0,
         "cloud_s": 1.0,
         "busy_s": 2.5,
+        "explain_s": None,
     }
     stats = PipelineStats(**(counts | busy | {"deadline_ms": 200.0, "interrupted": False}))  # type: ignore[arg-type]
     assert RunTimes.of(stats) == RunTimes(2.5, 0.5, None, 1.5, 1.0, overlap=0.5, deadline_ms=200.0)

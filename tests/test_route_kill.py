@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from saec.fleet.verdict_json import verdict_from_json
-from saec.types import Reason, Verdict, Where
+from saec.types import Explanation, Label, Reason, Verdict, Where
 
 PARTS = 1000  # two seconds of work, of which the twenty lives take about one
 KILLS = 20
@@ -70,6 +70,7 @@ def test_a_run_killed_twenty_times_equals_an_undisturbed_one(tmp_path):
     assert len({v.part_id for v in final}) == len(final) == PARTS
     assert {v.where for v in final} == {Where.EDGE, Where.CLOUD}
     assert any(v.reason is Reason.EDGE_BUDGET for v in final)  # the dial's state survived as well
+    assert all(v.explanation is Explanation.GIVEN for v in final if v.label is Label.DEFECT and v.where is Where.EDGE)
 
     events = defaultdict(list)
     for line in (killed / "log").read_text().splitlines():
@@ -80,11 +81,14 @@ def test_a_run_killed_twenty_times_equals_an_undisturbed_one(tmp_path):
         assert not known or "edge" not in of_part[known[0] :], f"part {number} was judged again: {of_part}"
         done = of_part.index("final") if "final" in of_part else len(of_part)
         assert "cloud" not in of_part[done:], f"part {number} was asked about again: {of_part}"
+        told = of_part.index("explained") if "explained" in of_part else len(of_part)
+        assert "explain" not in of_part[told:], f"part {number} was explained again: {of_part}"
 
     with sqlite3.connect(killed / "ledger.sqlite") as db:
         assert db.execute("SELECT count(*), max(seq) FROM verdicts").fetchone() == (PARTS, PARTS)
         assert db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'verdicts'").fetchone() == (PARTS,)
         assert db.execute("SELECT count(*) FROM verdicts WHERE state = 'pending_cloud'").fetchone() == (0,)
+        assert db.execute("SELECT count(*) FROM unexplained").fetchone() == (0,)
     db.close()
     lives = Counter(what for of_part in events.values() for what in of_part)
     assert lives["begin"] == KILLS + 1

@@ -64,6 +64,14 @@ class Reason(StrEnum):
     CIRCUIT_OPEN = "circuit_open"
 
 
+class Explanation(StrEnum):
+    """What became of putting a reject into words on the edge, after its verdict."""
+
+    GIVEN = "given"
+    LATE = "late"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A rectangle in pixels of the *original* image: ``x1 <= x < x2``, ``y1 <= y < y2``."""
@@ -77,7 +85,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Where a defect was seen and what it is. ``source`` names who says so (``edge-heatmap`` or a model id)."""
+    """Where a defect was seen and what it is. ``source`` names who says so: ``edge-heatmap``, a model id, or both
+    joined by ``+`` where the edge's boxes were put into words by a model."""
 
     boxes: tuple[Box, ...] = ()
     kind: str | None = None
@@ -186,6 +195,7 @@ class Verdict:
     model id that changed or confirmed the local verdict, or ``None``. ``error`` says why an image was unreadable or why
     the cloud fell back. ``truth`` is the ground-truth label when it is known. ``escalated_for`` keeps why the cloud was
     wanted where ``reason`` had to say something else (a fallback, a spent budget, no cloud); ``None``: not wanted.
+    ``explanation`` is what became of asking a model on the edge for a sentence; ``None``: it was not asked.
     """
 
     part_id: str
@@ -209,6 +219,7 @@ class Verdict:
     error: str | None = None
     truth: Label | None = None
     escalated_for: Reason | None = None
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +262,23 @@ class CloudClient(Protocol):
 
     def close(self) -> None:
         """Release connections."""
+        ...
+
+
+class Explainer(Protocol):
+    """A model on the edge that puts rejects into words, after their verdicts. Called from one thread."""
+
+    model_id: str
+
+    def explain(self, query: Query, *, deadline: float) -> Evidence | None:
+        """Return kind and text, or ``None`` when it is ``deadline`` (monotonic seconds) before they are there.
+
+        Any exception says why there are none.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
         ...
 
 

@@ -15,6 +15,7 @@ from saec.cli.asked import Baseline, ClassifierOption, SideOption, baseline_arm
 from saec.cli.options import (
     CloudOption,
     ConfigOption,
+    ExplainOption,
     JsonOption,
     ProductOption,
     RunOption,
@@ -23,6 +24,7 @@ from saec.cli.options import (
     dataset_of,
     load_station,
     open_cloud,
+    open_explainer,
     patient,
     refuse_learnt,
     settings_of,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from saec.evaluate.bench_table import Arm
     from saec.evaluate.runner import Outcome
     from saec.evaluate.runner import Station as Judge
-    from saec.types import CloudClient, Part
+    from saec.types import CloudClient, Explainer, Part
 
 SWEEP = "sweep.json"
 
@@ -61,6 +63,7 @@ def evaluate(
     classifier: ClassifierOption = None,
     side: SideOption = 448,
     cloud: CloudOption = None,
+    explain: ExplainOption = None,
     product: ProductOption = None,
     escalation: Annotated[
         float | None,
@@ -95,9 +98,11 @@ def evaluate(
     gates = [parse_gate(text) for text in gate or ()]
     gates += [parse_gate(f"accuracy>={min_accuracy}")] if min_accuracy is not None else []
     gates += [parse_gate(f"escape_rate<={max_escape}")] if max_escape is not None else []
+    if baseline is not None and explain is not None:
+        raise BadInput("a baseline explains nothing", fix="choose one of --baseline and --explain")
     mode = _mode(edge_only, cloud_only, random_ratio, baseline)
     dials = {"route__mode": mode, "route__random_ratio": random_ratio, "route__budget_share": escalation}
-    settings = patient(settings_of(config, set_, **dials), cloud)
+    settings = patient(settings_of(config, set_, explain__model=explain, **dials), cloud)
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     arm = None
@@ -110,7 +115,8 @@ def evaluate(
         _needs_cloud(mode, cloud, settings)
         refuse_learnt(cloud, settings, parts)
         opened = open_cloud(cloud, settings, station)
-    outcome = _run("evaluating", parts, judge, settings, out, opened, arm=arm)
+    with open_explainer(settings) if arm is None else nullcontext() as explainer:
+        outcome = _run("evaluating", parts, judge, settings, out, opened, arm=arm, explainer=explainer)
     tell_run(outcome, total=len(parts), json_=json_, skipped={})
     if outcome.summary is not None:
         refuse_unreadable(outcome.summary, [data], out)
@@ -228,6 +234,7 @@ def _run(
     opened: AbstractContextManager[CloudClient | None],
     *,
     arm: Arm | None = None,
+    explainer: Explainer | None = None,
     report: bool = True,
 ) -> Outcome:
     """Run the parts, or a baseline's arm over them, with progress."""
@@ -237,7 +244,7 @@ def _run(
     from saec.evaluate.bench_table import run_arm
     from saec.evaluate.runner import recorded, run_parts
 
-    run: Callable[..., Outcome] = run_parts if arm is None else partial(run_arm, arm)
+    run: Callable[..., Outcome] = partial(run_parts, explainer=explainer) if arm is None else partial(run_arm, arm)
     with opened as client, live(title, len(parts), done=recorded(out)) as shown:
         return run(parts, judge, settings, cloud=client, out=out, command=sys.argv[1:], progress=shown, report=report)
 

@@ -14,6 +14,7 @@ import typer
 from saec.cli.options import (
     CloudOption,
     ConfigOption,
+    ExplainOption,
     JsonOption,
     ProductOption,
     RunOption,
@@ -21,6 +22,7 @@ from saec.cli.options import (
     StationOption,
     load_station,
     open_cloud,
+    open_explainer,
     patient,
     read_parts,
     settings_of,
@@ -45,6 +47,7 @@ def inspect(
     station: StationOption,
     out: RunOption,
     cloud: CloudOption = None,
+    explain: ExplainOption = None,
     product: ProductOption = None,
     watch: Watch = False,
     escalation: Escalation = None,
@@ -62,7 +65,7 @@ def inspect(
     from saec.cli.watch import Watcher, product_chooser
     from saec.evaluate.runner import check_products, contents, recorded, run_parts
 
-    settings = patient(settings_of(config, set_, route__budget_share=escalation), cloud)
+    settings = patient(settings_of(config, set_, route__budget_share=escalation, explain__model=explain), cloud)
     _refuse_inside(out, images)
     judge = load_station(station, settings)
     done = recorded(out)
@@ -80,6 +83,7 @@ def inspect(
         done = [verdict for verdict in done if verdict.part_id in names]
     with (
         open_cloud(cloud, settings, station) as client,
+        open_explainer(settings) as explainer,
         stopping_on_sigterm(),
         live("watching" if watch else "inspecting", total, done=done) as shown,
     ):
@@ -90,6 +94,7 @@ def inspect(
             judge,
             settings,
             cloud=client,
+            explainer=explainer,
             out=out,
             command=sys.argv[1:],
             progress=shown,

@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from saec.cli.console import console
-from saec.types import Label, Verdict, Where
+from saec.types import Explanation, Label, Verdict, Where
 
 
 @dataclass(slots=True)
@@ -35,12 +35,15 @@ class Live:
     waiting: int = 0
     """Questions to the cloud that are not answered yet."""
     fallbacks: int = 0
+    explained: int = 0
     skipped: int = 0
 
     def __call__(self, verdict: Verdict, final: bool) -> None:
-        """Take one verdict: a local one, or an amendment of an earlier one."""
-        amendment = verdict.where in (Where.CLOUD, Where.FALLBACK)
-        if amendment:
+        """Take one verdict: a local one, or an amendment or explanation of an earlier one."""
+        amendment = verdict.where in (Where.CLOUD, Where.FALLBACK) or verdict.explanation is not None
+        if verdict.explanation is not None:
+            self.explained += verdict.explanation is Explanation.GIVEN
+        elif amendment:
             self.waiting -= 1
             self.fallbacks += verdict.where is Where.FALLBACK
             self.defects += (verdict.label is Label.DEFECT) - (verdict.edge_label is Label.DEFECT)
@@ -63,6 +66,7 @@ class Live:
             self.waiting += is_open
             self.escalated += is_open or v.where is not Where.EDGE
             self.fallbacks += v.where is Where.FALLBACK
+            self.explained += v.explanation is Explanation.GIVEN
         self.progress.update(self.task, completed=self.parts, counts=self.counts if self.parts else "")
 
     def skip(self) -> None:
@@ -73,7 +77,12 @@ class Live:
     @property
     def counts(self) -> str:
         """What was counted, in words; what is zero and rare is left out."""
-        rare = (("fallback", self.fallbacks), ("unreadable", self.unreadable), ("skipped", self.skipped))
+        rare = (
+            ("explained", self.explained),
+            ("fallback", self.fallbacks),
+            ("unreadable", self.unreadable),
+            ("skipped", self.skipped),
+        )
         sent = f"{self.escalated} to cloud" + (f" ({self.waiting} open)" if self.waiting else "")
         return " · ".join([f"{self.defects} defect", sent, *(f"{n} {name}" for name, n in rare if n)])
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saec.config import Settings
     from saec.data.dataset import Dataset
     from saec.edge.station import Station
-    from saec.types import Backend, CloudClient, Part
+    from saec.types import Backend, CloudClient, Explainer, Part
 
 StationOption = Annotated[
     Path, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
@@ -32,6 +32,16 @@ CloudOption = Annotated[
         help="Who is asked about escalated parts: a service, the station's expert or the multimodal LLM of the "
         "settings (mllm) in this process, or nobody. "
         "Default: cloud.url of the settings, else nobody.",
+        show_default=False,
+    ),
+]
+ExplainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--explain",
+        metavar="MODEL",
+        help="Have rejects that the cloud says nothing about put into words by this model on the edge, such as loupe. "
+        "Default: explain.model of the settings, else nobody.",
         show_default=False,
     ),
 ]
@@ -128,6 +138,27 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
         client.close()
 
 
+@contextmanager
+def open_explainer(settings: Settings) -> Iterator[Explainer | None]:
+    """Load the model of ``settings.explain`` before anything is inspected; none, where none is named.
+
+    Raises:
+        BadInput: it is not pulled, cannot be used, or the extra that it needs is not installed.
+    """
+    if settings.explain.model is None:
+        yield None
+        return
+    try:
+        from saec.vlm.edge.explain import OnnxExplainer
+    except ModuleNotFoundError as error:
+        raise BadInput(f"explaining needs {error.name}", fix="pip install 'saec[vlm]'") from None
+    explainer = OnnxExplainer.load(settings)
+    try:
+        yield explainer
+    finally:
+        explainer.close()
+
+
 def refuse_learnt(choice: str | None, settings: Settings, parts: Sequence[Part]) -> None:
     """Refuse to calibrate or evaluate on parts that the multimodal LLM behind ``--cloud mllm`` was trained on.
 
@@ -148,10 +179,28 @@ def mllm_backend(settings: Settings) -> Backend:
         BadInput: the extra that it needs is not installed.
     """
     try:
+        if runs_on_onnx(settings):
+            from saec.cloud.onnx_vlm import OnnxVlmBackend
+
+            return OnnxVlmBackend(settings)
         from saec.cloud.transformers import TransformersBackend
     except ModuleNotFoundError as error:
-        raise BadInput(f"a multimodal LLM needs {error.name}", fix="pip install 'saec[cloud]'") from None
+        extra = "export" if runs_on_onnx(settings) else "cloud"
+        raise BadInput(f"a multimodal LLM needs {error.name}", fix=f"pip install 'saec[{extra}]'") from None
     return TransformersBackend(settings)
+
+
+def runs_on_onnx(settings: Settings) -> bool:
+    """True where ``mllm.runtime`` means ONNX Runtime: for exported models, and for Loupe unless something is asked for
+    that only Hugging Face classes have."""
+    from saec.vlm.contract.bundle import RECORD
+    from saec.vlm.trained import LOUPE
+
+    mllm = settings.mllm
+    if mllm.runtime != "auto":
+        return mllm.runtime == "onnx"
+    only_theirs = {"dtype", "attention", "four_bit"} & mllm.model_fields_set or mllm.device == "cuda"
+    return (Path(mllm.model) / RECORD).is_file() or (mllm.model == LOUPE and not only_theirs)
 
 
 def read_parts(images: Sequence[Path], settings: Settings, products: Sequence[str], product: str | None) -> list[Part]:

@@ -16,7 +16,8 @@ from saec.evaluate.report_words import REASONS, all_defect
 from saec.evaluate.runner import LEDGER, PREDICTIONS, REPORT, Outcome
 from saec.evaluate.table import Cell, Table
 from saec.fleet.ledger import read_verdicts
-from saec.types import Label, Verdict, Where
+from saec.route.stats import PipelineStats
+from saec.types import Explanation, Label, Verdict, Where
 
 FEW = 3
 """Reasons that a terminal shows of each kind."""
@@ -45,7 +46,7 @@ def tell_run(outcome: Outcome, *, total: int | None, json_: bool, skipped: Mappi
     if not outcome.stats.parts and not outcome.stats.requeued:
         say("Every part was recorded already; nothing was inspected again.")
     verdicts = list(read_verdicts(outcome.folder / LEDGER))
-    for line in remarks(outcome.summary, verdicts, skipped, outcome.stats.left_pending):
+    for line in remarks(outcome.summary, verdicts, skipped, outcome.stats):
         say(line)
     say_path("Verdicts:", outcome.folder / PREDICTIONS)
     if (outcome.folder / REPORT).is_file():
@@ -95,7 +96,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def remarks(
-    summary: Mapping[str, Any], verdicts: Sequence[Verdict], skipped: Mapping[str, int], pending: int
+    summary: Mapping[str, Any], verdicts: Sequence[Verdict], skipped: Mapping[str, int], stats: PipelineStats
 ) -> list[str]:
     """Return what else a user should know, most important first."""
     unreadable, fallbacks, learnt = summary["unreadable"], summary["routing"]["fallback"], summary["learnt"]
@@ -117,12 +118,24 @@ def remarks(
         times = "Once" if fallbacks == 1 else f"{fallbacks} times"
         lines.append(f"{times} the cloud gave no opinion and the edge's verdict stood:")
         lines += _few([f"{REASONS[v.reason][0].lower()} ({v.error})" for v in failed])
-    if pending:
+    if pending := stats.left_pending:
         are = "question to the cloud is" if pending == 1 else "questions to the cloud are"
         lines.append(f"{pending} {are} still open; the same command asks again.")
+    lines += _explanations(verdicts, stats.left_unexplained)
     if skipped:
         lines.append("Skipped: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) + ".")
     return [line for line in (*lines, _speed(summary)) if line]
+
+
+def _explanations(verdicts: Sequence[Verdict], left: int) -> list[str]:
+    asked = [v for v in verdicts if v.explanation is not None]
+    if not asked and not left:
+        return []
+    in_vain = [v for v in asked if v.explanation is not Explanation.GIVEN]
+    models = ", ".join(sorted({v.models["explain"] for v in asked})) or "a model on the edge"
+    later = f"; {left} still open, the same command goes on" if left else ""
+    line = f"{len(asked) - len(in_vain)} of {len(asked) + left} rejects put into words by {models}{later}."
+    return [line, *_few([v.error or "" for v in in_vain])]
 
 
 def _few(reasons: Sequence[str]) -> list[str]:

@@ -99,6 +99,7 @@ def _stages(time: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("scene_s", "Scene"),
         ("edge_s", "Edge"),
         ("cloud_s", "Cloud"),
+        ("explain_s", "Explanations"),
     )
     return [(name, words.number(time.get(key), "s", 2)) for key, name in names]
 

@@ -305,6 +305,8 @@ def _evidence(v: Verdict) -> Iterable[str]:
         yield f"Kind: {v.evidence.kind}"
     if v.evidence.text:
         yield v.evidence.text
+    if v.evidence.source and (v.evidence.boxes or v.evidence.kind or v.evidence.text):
+        yield f"Evidence from {v.evidence.source}"
     if v.edge_p_defect is not None and v.cloud_p_defect is not None:
         yield f"Edge said {number(v.edge_p_defect, digits=3)}, cloud said {number(v.cloud_p_defect, digits=3)}"
     if v.error:

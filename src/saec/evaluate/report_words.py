@@ -52,6 +52,11 @@ TERMS: Sequence[tuple[str, str]] = (
     ("Overkill", "A good part that was called defect. The overkill rate is its share of all truly good parts."),
     ("Escalation", "Sending a part to the cloud model because the edge detector was not sure enough."),
     ("Fallback", "The cloud was asked but gave no usable answer in time; the edge's own verdict stands."),
+    (
+        "Explanation",
+        "A model on the edge's own computer says of a reject what is wrong. It speaks after the verdict and changes "
+        "neither label nor P(defect); the boxes are the edge detector's.",
+    ),
     ("Unreadable", "The image could not be decoded or judged. It is never called good and enters no rate."),
     ("P(defect)", "The probability, after calibration, that the part is a defect. At or above the threshold: defect."),
     (
@@ -180,6 +185,12 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
     if n and (routing["cloud"] + routing["fallback"]) / n > 0.8 and not by_choice:
         notes.append(
             f"More than 80{THIN}% of the parts were escalated: the edge no longer fits these parts. Recalibrate."
+        )
+    explained = summary.get("explained", {})
+    if in_vain := explained.get("late", 0) + explained.get("failed", 0):
+        notes.append(
+            f"{counted(in_vain, 'reject')} of {in_vain + explained['n']:,} could not be put into words "
+            f"({explained['late']:,} too late, {explained['failed']:,} without a usable answer); the boxes stand."
         )
     if summary["deadline"]["late"]:
         notes.append(

@@ -68,6 +68,7 @@ def manifest(
     settings: Settings,
     verdicts: Sequence[Verdict],
     pending: int,
+    unexplained: int,
     heatmaps_failed: int,
 ) -> dict[str, Any]:
     """Return the manifest of a run as plain JSON types: enough to repeat it and to prove what it was made on.
@@ -85,6 +86,7 @@ def manifest(
         "finished": now(),
         "resumed": resumed,
         "pending": pending,
+        "unexplained": unexplained,
         "station": {"sha256": station.sha256, "dataset": station.dataset, "saec": station.version},
         "cloud": cloud,
         "data": {"parts": len(verdicts), "sha256": content_digest(v.sha256 for v in verdicts)},

@@ -38,7 +38,7 @@ from saec.route.pipeline import OnVerdict, inspect_stream
 from saec.route.stats import PipelineStats
 from saec.route.verdicts import printable
 from saec.scene import scene_complexity
-from saec.types import CloudClient, EdgeResult, Heatmap, Image, Part, Verdict
+from saec.types import CloudClient, EdgeResult, Explainer, Heatmap, Image, Part, Verdict
 
 LEDGER, HEATMAPS = "ledger.sqlite", "heatmaps"
 PREDICTIONS, SUMMARY, MANIFEST, REPORT = "predictions.jsonl", "summary.json", "manifest.json", "report.html"
@@ -87,6 +87,7 @@ def run_parts(
     *,
     cloud: CloudClient | None,
     out: Path,
+    explainer: Explainer | None = None,
     command: Sequence[str] = (),
     name: str | None = None,
     progress: OnVerdict | None = None,
@@ -107,6 +108,7 @@ def run_parts(
         settings: the whole tree.
         cloud: who is asked about escalated parts, or ``None``.
         out: a new folder, or that of an earlier run with the same station and settings.
+        explainer: who puts rejects into words that the cloud says nothing about, or ``None``.
         command: what was called, for the record.
         name: how comparisons call the run; the folder's name by default.
         progress: called with each verdict once it is durable.
@@ -145,9 +147,10 @@ def run_parts(
                 cloud=cloud,
                 settings=settings,
                 ledger=ledger,
+                explainer=explainer,
                 on_verdict=partial(_reopened, out / MANIFEST, progress),
             )
-        if finished and not stats.parts and not stats.requeued:
+        if finished and not (stats.parts or stats.requeued or stats.explained):
             return Outcome(out, json.loads((out / SUMMARY).read_text(encoding="utf-8")), stats, before)
         ledger.export_jsonl(out / PREDICTIONS)
         if stats.interrupted and not endless:
@@ -165,6 +168,7 @@ def run_parts(
         settings=settings,
         verdicts=verdicts,
         pending=stats.left_pending,
+        unexplained=stats.left_unexplained,
         heatmaps_failed=line.failed,
     )
     write_atomically(out / MANIFEST, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -6,6 +6,8 @@ A figure that was not measured is ``null`` and ``status`` says why; it is never 
   out of every rate and counted in ``unreadable``: a broken camera does not move the escape rate.
 * ``called`` counts the verdicts themselves, so that a run without known truth has its result in it too.
 * ``learnt`` counts the parts that the station was itself fitted or calibrated on: on these every rate flatters it.
+* ``explained`` counts the rejects that a model on the edge put into words (``n``), and those that it was asked about in
+  vain: too late, or without a usable answer.
 * ``auroc`` ranks the final P(defect), after the cloud has had its say.
 """
 
@@ -24,7 +26,7 @@ from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.evaluate.meter import Reading, mwh_per_correct
 from saec.evaluate.metrics import clopper_pearson, percentiles
-from saec.types import Label, Reason, Verdict, Where
+from saec.types import Explanation, Label, Reason, Verdict, Where
 
 if TYPE_CHECKING:
     from saec.calibrate.calibration import Calibration
@@ -47,13 +49,14 @@ class RunTimes:
     scene_s: float | None = None
     edge_s: float | None = None
     cloud_s: float | None = None
+    explain_s: float | None = None
     overlap: float | None = None
     deadline_ms: float | None = None
 
     @classmethod
     def of(cls, stats: PipelineStats) -> Self:
         """Take the times of an undisturbed pipeline run."""
-        stages = (stats.decode_s, stats.scene_s, stats.edge_s, stats.cloud_s)
+        stages = (stats.decode_s, stats.scene_s, stats.edge_s, stats.cloud_s, stats.explain_s)
         return cls(stats.wall_s, *stages, overlap=stats.overlap, deadline_ms=stats.deadline_ms)
 
 
@@ -93,11 +96,13 @@ def summarise(
             "scene_s": stats.scene_s if stats else None,
             "edge_s": stats.edge_s if stats else None,
             "cloud_s": stats.cloud_s if stats else None,
+            "explain_s": stats.explain_s if stats else None,
             "overlap": stats.overlap if stats else None,
         },
         "latency_ms": percentiles(latencies) or {"p50": None, "p90": None, "p99": None},
         "deadline": {"ms": deadline_ms, "late": late},
         "uplink_bytes": sum(v.uplink_bytes for v in verdicts),
+        "explained": _explained(verdicts),
         "energy": _energy(meter, correct),
         "memory": {
             "rss_mean_mb": meter.rss_mean_mb if meter else None,
@@ -186,6 +191,11 @@ def _interval(k: int, n: int) -> list[float] | None:
 def _routing(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     where, reasons = Counter(v.where for v in verdicts), Counter(v.reason for v in verdicts)
     return {w.value: where[w] for w in Where} | {"reasons": {r.value: reasons[r] for r in Reason if reasons[r]}}
+
+
+def _explained(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    asked = Counter(v.explanation for v in verdicts)
+    return {"n": asked[Explanation.GIVEN], "late": asked[Explanation.LATE], "failed": asked[Explanation.FAILED]}
 
 
 def _energy(meter: Reading | None, correct: int | None) -> dict[str, Any]:

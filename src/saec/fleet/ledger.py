@@ -4,8 +4,9 @@ Nothing is acknowledged before it is on the disk: WAL with ``synchronous=FULL`` 
 given only after the commit. One writer thread commits whatever has queued up while the last commit was syncing (group
 commit): the throughput does not depend on the disk's sync time, and a lone write does not wait for company.
 
-A part's row is written once, by its local verdict, and amended at most once, by the cloud. Rows are ordered by the
-sequence in which they were recorded, never by a clock.
+A part's row is written once, by its local verdict, and amended at most once, by the cloud. A final verdict on a reject
+may wait for an explanation, which is added once and changes nothing else. Rows are ordered by the sequence in which
+they were recorded, never by a clock.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A part whose local verdict stands while its cloud question is open, with the heatmap that the question needs."""
+    """A part whose verdict stands while a question about it is open, with the heatmap that the question needs."""
 
     seq: int
     verdict: Verdict
@@ -72,6 +73,7 @@ class _Local:
     sha256: str
     models: str
     pending: bool
+    unexplained: bool
     heatmap: Heatmap | None
     done: Future[Receipt]
 
@@ -83,7 +85,18 @@ class _Amendment:
     sha256: str
     uplink_bytes: int
     cloud_s: float
+    unexplained: bool
     done: Future[Receipt]
+
+
+@dataclass(frozen=True, slots=True)
+class _Explanation:
+    line: str
+    seq: int
+    done: Future[Receipt]
+
+
+_Write = _Local | _Amendment | _Explanation
 
 
 class Ledger:
@@ -106,7 +119,7 @@ class Ledger:
                 raise
         self._failure: BadInput | None = None
         self._closed = False
-        self._writes: queue.Queue[_Local | _Amendment | None] = queue.Queue(GROUP)
+        self._writes: queue.Queue[_Write | None] = queue.Queue(GROUP)
         self._writer = threading.Thread(target=self._write_all, name="saec-ledger", daemon=True)
         self._writer.start()
 
@@ -132,23 +145,26 @@ class Ledger:
                         fix="resume with the same, or pass a new run folder",
                     )
 
-    def record_local(self, verdict: Verdict, *, pending_cloud: bool, heatmap: Heatmap | None = None) -> Future[Receipt]:
+    def record_local(
+        self, verdict: Verdict, *, pending_cloud: bool, unexplained: bool = False, heatmap: Heatmap | None = None
+    ) -> Future[Receipt]:
         """Record a part's local verdict; the future resolves once it is durable.
 
         The same judgement (part, content, models) a second time changes nothing: its receipt is not ``fresh``.
-        ``heatmap`` ([h, w] float32) is kept while the question is pending. The future's callbacks run in the writer
-        thread. It fails with :class:`BadInput` when the disk is full or the file damaged; what was acknowledged before
-        stays intact.
+        ``heatmap`` ([h, w] float32) is kept while the cloud's question or the explanation is open. The future's
+        callbacks run in the writer thread. It fails with :class:`BadInput` when the disk is full or the file damaged;
+        what was acknowledged before stays intact.
 
         Raises:
             ValueError: a figure of the verdict is not finite.
         """
         models = json.dumps(dict(verdict.models), sort_keys=True)
         line = verdict_to_json(verdict)
-        kept = heatmap if pending_cloud else None
-        return self._submit(_Local(line, verdict.part_id, verdict.sha256, models, pending_cloud, kept, Future()))
+        kept = heatmap if pending_cloud or unexplained else None
+        key = (verdict.part_id, verdict.sha256, models)
+        return self._submit(_Local(line, *key, pending_cloud, unexplained, kept, Future()))
 
-    def amend(self, verdict: Verdict) -> Future[Receipt]:
+    def amend(self, verdict: Verdict, *, unexplained: bool = False) -> Future[Receipt]:
         """Replace a pending local verdict by the final one; the future resolves once it is durable.
 
         It fails with :class:`BadInput` where no question is pending for this part and content: a part is amended once.
@@ -158,7 +174,18 @@ class Ledger:
         """
         cloud_s = verdict.timings_ms.get("cloud", 0.0) / 1000
         line = verdict_to_json(verdict)
-        return self._submit(_Amendment(line, verdict.part_id, verdict.sha256, verdict.uplink_bytes, cloud_s, Future()))
+        cost = (verdict.uplink_bytes, cloud_s)
+        return self._submit(_Amendment(line, verdict.part_id, verdict.sha256, *cost, unexplained, Future()))
+
+    def explain(self, seq: int, verdict: Verdict) -> Future[Receipt]:
+        """Replace a verdict that waits for its explanation; the future resolves once it is durable.
+
+        It fails with :class:`BadInput` where no explanation is open.
+
+        Raises:
+            ValueError: a figure of the verdict is not finite.
+        """
+        return self._submit(_Explanation(verdict_to_json(verdict), seq, Future()))
 
     def done_ids(self) -> dict[str, int]:
         """Return how many local verdicts each recorded part has: 1, unless its name came again with other content."""
@@ -166,11 +193,22 @@ class Ledger:
             return dict(db.execute("SELECT part_id, count(*) FROM verdicts GROUP BY part_id"))
 
     def pending(self) -> list[Pending]:
-        """Return the open questions in the order of their parts."""
+        """Return the open questions to the cloud in the order of their parts."""
+        return self._pending("WHERE state = 'pending_cloud' ORDER BY seq")
+
+    def next_unexplained(self) -> Pending | None:
+        """Return the first part whose verdict is final and waits for an explanation."""
+        return next(iter(self._pending("JOIN unexplained USING (seq) ORDER BY seq LIMIT 1")), None)
+
+    def count_unexplained(self) -> int:
+        """Return how many explanations are open."""
+        with explained(self.path), closing(connect(self.path)) as db:
+            return int(db.execute("SELECT count(*) FROM unexplained").fetchone()[0])
+
+    def _pending(self, which: str) -> list[Pending]:
         with explained(self.path), closing(connect(self.path)) as db:
             rows = db.execute(
-                "SELECT seq, verdict, height, width, cells FROM verdicts LEFT JOIN heatmaps USING (seq)"
-                " WHERE state = 'pending_cloud' ORDER BY seq"
+                f"SELECT seq, verdict, height, width, cells FROM verdicts LEFT JOIN heatmaps USING (seq) {which}"  # noqa: S608 - our own words
             ).fetchall()
         return [
             Pending(
@@ -234,7 +272,7 @@ class Ledger:
             self._db.close()
             self._lock.close()
 
-    def _submit(self, write: _Local | _Amendment) -> Future[Receipt]:
+    def _submit(self, write: _Write) -> Future[Receipt]:
         if self._closed:
             raise BadInput("the ledger is closed", where=self.path)
         write.done.set_running_or_notify_cancel()  # from here on it cannot be cancelled under the writer's hands
@@ -250,7 +288,7 @@ class Ledger:
             open_ = None not in batch
             self._commit([write for write in batch if write is not None])
 
-    def _commit(self, batch: list[_Local | _Amendment]) -> None:
+    def _commit(self, batch: list[_Write]) -> None:
         receipts: list[Receipt | BadInput] = []
         if self._failure is None and batch:
             try:
@@ -269,8 +307,14 @@ class Ledger:
             else:
                 write.done.set_exception(outcome)
 
-    def _apply(self, write: _Local | _Amendment) -> Receipt | BadInput:
-        return self._insert(write) if isinstance(write, _Local) else self._update(write)
+    def _apply(self, write: _Write) -> Receipt | BadInput:
+        match write:
+            case _Local():
+                return self._insert(write)
+            case _Amendment():
+                return self._update(write)
+            case _Explanation():
+                return self._explain(write)
 
     def _insert(self, write: _Local) -> Receipt:
         key = (write.part_id, write.sha256, write.models)
@@ -289,6 +333,8 @@ class Ledger:
             height, width = write.heatmap.shape
             cells = write.heatmap.astype("<f4").tobytes()
             self._db.execute("INSERT INTO heatmaps VALUES (?, ?, ?, ?)", (seq, height, width, cells))
+        if write.unexplained:
+            self._db.execute("INSERT INTO unexplained VALUES (?)", (seq,))
         return Receipt(seq)
 
     def _update(self, write: _Amendment) -> Receipt | BadInput:
@@ -303,8 +349,19 @@ class Ledger:
             " WHERE seq = ?",
             (write.uplink_bytes, write.cloud_s, write.line, found[0]),
         )
-        self._db.execute("DELETE FROM heatmaps WHERE seq = ?", found)
+        if write.unexplained:
+            self._db.execute("INSERT INTO unexplained VALUES (?)", found)
+        else:
+            self._db.execute("DELETE FROM heatmaps WHERE seq = ?", found)
         return Receipt(found[0])
+
+    def _explain(self, write: _Explanation) -> Receipt | BadInput:
+        seq = (write.seq,)
+        if not self._db.execute("DELETE FROM unexplained WHERE seq = ?", seq).rowcount:
+            return BadInput("no explanation is open for this part", where=write.seq)
+        self._db.execute("UPDATE verdicts SET verdict = ? WHERE seq = ?", (write.line, write.seq))
+        self._db.execute("DELETE FROM heatmaps WHERE seq = ?", seq)
+        return Receipt(write.seq)
 
 
 def read_verdicts(path: Path) -> Iterator[Verdict]:

@@ -42,7 +42,12 @@ def _verdicts_and_heatmaps(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = (_verdicts_and_heatmaps,)
+def _unexplained(db: sqlite3.Connection) -> None:
+    # Final verdicts on rejects that wait for a sentence. Their heatmaps are kept as long.
+    db.execute("CREATE TABLE unexplained (seq INTEGER PRIMARY KEY REFERENCES verdicts (seq))")
+
+
+MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = (_verdicts_and_heatmaps, _unexplained)
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:

@@ -54,9 +54,9 @@ class Crew(Generic[E]):
         """Wait for this thread no longer; supervisor only."""
         self._alive.discard(name)
 
-    def alive(self) -> bool:
+    def alive(self, *, besides: str = "") -> bool:
         """Return whether a thread is left that has not ended and was not forgotten; supervisor only."""
-        return bool(self._alive)
+        return bool(self._alive - {besides})
 
     def fail(self, error: BaseException) -> None:
         """Make ``error`` the reason why the crew stops, unless there is one already."""

@@ -85,8 +85,8 @@ class Judged:
     """A part after the edge: ``ask`` is set where the cloud is wanted, allowed and within the budget."""
 
     verdict: Verdict
-    ask: Ask | None = None
     heatmap: Heatmap | None = None
+    ask: Ask | None = None
 
 
 def read_part(path: Path, decode: Decode, clock: Callable[[], float], busy: BusyMeter) -> Decoded:
@@ -162,14 +162,14 @@ class LocalJudge:
         verdict, wanted = local_verdict(part, sha256, scene.scene, result, policy, self.models, error=scene.error)
         verdict = replace(verdict, timings_ms=timings)
         if not wanted:
-            return Judged(verdict)
+            return Judged(verdict, result.heatmap)
         if self._budget is None:
-            return Judged(kept_verdict(verdict, Reason.EDGE_ONLY))
+            return Judged(kept_verdict(verdict, Reason.EDGE_ONLY), result.heatmap)
         ask = self.ask(part, image, result.heatmap, result.evidence, verdict.edge_p_defect)
         expected_bytes = _sent_pixels(ask.query.image, self._settings.cloud.max_side)
         if not self._budget.take(expected_bytes=expected_bytes, expected_s=self._settings.cloud.timeout_s):
-            return Judged(kept_verdict(verdict, Reason.EDGE_BUDGET))
-        return Judged(verdict, ask, result.heatmap)
+            return Judged(kept_verdict(verdict, Reason.EDGE_BUDGET), result.heatmap)
+        return Judged(verdict, result.heatmap, ask)
 
     def ask(self, part: Part, image: Image, heatmap: Heatmap | None, evidence: Evidence, p_defect: float | None) -> Ask:
         """Return the question about a part, the same for a part that an interrupted run has left pending."""

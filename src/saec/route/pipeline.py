@@ -5,13 +5,19 @@
     source ─> decode (n threads) ─> scene (1 thread) ─┐
          └─────────── in part order ──────────> edge (1) ─┬─> local verdict ─> ledger ─> caller
                                                           └─> questions ─> cloud (n) ─> amendment ─> ledger ─> caller
+                                                ledger ─> rejects without words ─> explainer (1) ─> ledger ─> caller
 
-Every arrow is a bounded queue; a full one makes the stage before it wait. Memory is bounded by the queues' lengths,
-whatever the number of parts (a resumed run also holds the names of the recorded parts until it has passed them).
+Every arrow above the last row is a bounded queue; a full one makes the stage before it wait. Memory is bounded by the
+queues' lengths, whatever the number of parts (a resumed run also holds the names of the recorded parts until it has
+passed them).
 
 When the cloud is slower than the line, escalated parts wait in the queue of questions while the edge goes on; when that
 queue is full, the edge waits *between* parts, after handing over the local verdict. No cloud opinion is lost, and no
 local verdict is late because of the cloud.
+
+An explainer on the edge puts rejects into words that the cloud says nothing about: after their verdicts, beside all the
+rest, at its own pace, and without a say in label or P(defect). Its queue is the ledger itself, so that nothing ever
+waits for it but the end of the run.
 
 Deadline: a part's clock starts when it has been taken from the source *and* the edge is free for it, and stops when its
 local verdict is durable. On a line that delivers slower than the edge works this is the whole way from the file to the
@@ -36,14 +42,16 @@ from saec.route.channel import Channel
 from saec.route.cloud_side import CloudSide, Question
 from saec.route.crew import Crew
 from saec.route.edge_side import EdgeSide
+from saec.route.explain_side import EXPLAIN, ExplainSide
 from saec.route.local import Decode, Edge, LocalJudge, Scene
 from saec.route.recorder import Durable, Recorder
 from saec.route.stats import BusyMeter, PipelineStats, Tally
-from saec.types import CloudClient, Part, Verdict
+from saec.route.verdicts import is_wordless
+from saec.types import CloudClient, Explainer, Part, Verdict
 
 OnVerdict = Callable[[Verdict, bool], None]
 """``(verdict, final)``, called in the caller's thread once the verdict is durable: local verdicts in part order
-(``final`` is false while a cloud question is open), amendments as they come."""
+(``final`` is false while a cloud question is open), amendments and explanations as they come."""
 
 
 def inspect_stream(
@@ -55,6 +63,7 @@ def inspect_stream(
     cloud: CloudClient | None,
     settings: Settings,
     ledger: Ledger,
+    explainer: Explainer | None = None,
     on_verdict: OnVerdict | None = None,
     clock: Callable[[], float] = time.monotonic,
     rng: random.Random | None = None,
@@ -63,11 +72,12 @@ def inspect_stream(
 
     ``parts`` may be endless; it is iterated in a thread of its own. With a ledger that has verdicts already, the run is
     resumed: recorded parts are skipped, open questions are asked again, the budget goes on where it was, and the result
-    is that of an undisturbed run. ``clock`` gives monotonic seconds, ``rng`` the jitter between retries.
+    is that of an undisturbed run. ``clock`` gives monotonic seconds, ``rng`` the jitter between retries. ``explainer``
+    puts rejects into words where the cloud says nothing; it is neither warmed up nor closed here.
 
     Ctrl-C (or a ``KeyboardInterrupt`` from ``parts`` or ``on_verdict``) stops the intake: parts already taken get their
-    local verdict, questions under way are waited for, all others stay open for a resumed run, and the stats come back
-    with ``interrupted`` set. A second one raises at once; the ledger stays resumable.
+    local verdict, questions under way are waited for, all others, explanations too, stay open for a resumed run, and
+    the stats come back with ``interrupted`` set. A second one raises at once; the ledger stays resumable.
 
     Raises:
         BadInput: the ledger belongs to another station or other routing settings, is damaged, or the disk is full.
@@ -75,7 +85,7 @@ def inspect_stream(
             raised, or a stage crashed with.
     """
     ledger.bind(station=sha256_json(dict(edge.models)), settings=routing_fingerprint(settings))
-    run = _Run(edge, decode, scene, cloud, settings, ledger, on_verdict, clock, rng or random.Random())
+    run = _Run(edge, decode, scene, cloud, explainer, settings, ledger, on_verdict, clock, rng or random.Random())
     return run.execute(parts)
 
 
@@ -97,6 +107,7 @@ class _Run:
         decode: Decode,
         scene: Scene,
         cloud: CloudClient | None,
+        explainer: Explainer | None,
         settings: Settings,
         ledger: Ledger,
         on_verdict: OnVerdict | None,
@@ -109,7 +120,7 @@ class _Run:
         self._durable = 0
         self._tally = Tally()
         self._crew: Crew[Durable] = Crew(4 * settings.route.queue, on_failure=self._abort)
-        self._recorder = Recorder(ledger, self._crew, clock)
+        self._recorder = Recorder(ledger, self._crew, clock, explains=explainer is not None)
         # The questions come from the edge and from an interrupted run.
         self._questions: Channel[Question] = Channel(settings.route.queue, producers=2)
         self._busy = BusyMeter(clock)
@@ -145,6 +156,16 @@ class _Run:
             clock=clock,
             stopping=self._stopping,
         )
+        self._explain_side = ExplainSide(
+            explainer,
+            decode,
+            settings.explain,
+            ledger=ledger,
+            recorder=self._recorder,
+            crew=self._crew,
+            clock=clock,
+            stopping=self._stopping,
+        )
 
     def execute(self, parts: Iterable[Part]) -> PipelineStats:
         begun = self._clock()
@@ -153,6 +174,7 @@ class _Run:
             try:
                 self._cloud_side.start(pending)
                 self._edge_side.start(parts, self._ledger.done_ids())
+                self._explain_side.start()
                 self._supervise()
             finally:
                 self._abort()
@@ -178,12 +200,16 @@ class _Run:
             if self._interrupts and not self._stopping.is_set():
                 self._stopping.set()
                 self._edge_side.stop()
+                self._explain_side.wake()
             if self._crew.failure is not None:
                 self._crew.forget("source")
                 failed_at = self._clock() if failed_at is None else failed_at
                 if self._clock() - failed_at > self._settings.cloud.timeout_s + 1:
                     return  # a stage hangs in somebody else's code; its thread is a daemon
             self._cloud_side.replace_hung_threads()
+            self._explain_side.forget_if_hung()
+            if not self._crew.alive(besides=EXPLAIN) and self._durable == self._recorder.written:
+                self._explain_side.finish()
 
     def _take(self, event: Durable) -> None:
         self._durable += 1
@@ -191,11 +217,15 @@ class _Run:
             self._crew.fail(event.error)
         if not event.fresh or self._crew.failure is not None:
             return
-        if event.began is None:
+        if event.verdict.explanation is not None:
+            self._tally.explained += 1
+        elif event.began is None:
             self._tally.amended(event.verdict)
         else:
             late = (event.at - event.began) * 1000 > self._settings.route.deadline_ms
             self._tally.local(event.verdict, final=event.final, late=late)
+        if event.final and is_wordless(event.verdict):
+            self._explain_side.wake()
         if self._on_verdict is not None:
             self._on_verdict(event.verdict, event.final)
 
@@ -221,6 +251,7 @@ class _Run:
         self._stopping.set()
         self._edge_side.abort()
         self._questions.abort()
+        self._explain_side.wake()
 
     def _stats(self, *, requeued: int, wall_s: float) -> PipelineStats:
         tally, side, asker = self._tally, self._edge_side, self._asker
@@ -233,6 +264,8 @@ class _Run:
             answered=tally.answered,
             fallbacks=tally.fallbacks,
             left_pending=requeued + tally.escalated - tally.answered - tally.fallbacks,
+            explained=tally.explained,
+            left_unexplained=self._ledger.count_unexplained(),
             deadline_ms=self._settings.route.deadline_ms,
             deadline_misses=tally.deadline_misses,
             uplink_bytes=tally.uplink_bytes,
@@ -243,6 +276,7 @@ class _Run:
             local_s=self._local_busy.seconds,
             cloud_s=self._cloud_busy.seconds,
             busy_s=self._busy.seconds,
+            explain_s=self._explain_side.busy.seconds,
             circuit_opened=0 if asker is None else asker.breaker.opened,
             interrupted=self._interrupts > 0,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from saec.fleet.ledger import Ledger, Receipt
 from saec.route.crew import Crew
+from saec.route.verdicts import is_wordless
 from saec.types import Heatmap, Verdict
 
 
@@ -16,7 +17,7 @@ from saec.types import Heatmap, Verdict
 class Durable:
     """A verdict reached the disk ``at`` this time of the run's clock, or did not (``error``).
 
-    ``began`` is when a local verdict's deadline began to run, ``None`` for an amendment.
+    ``began`` is when a local verdict's deadline began to run, ``None`` for an amendment or an explanation.
     """
 
     verdict: Verdict
@@ -30,17 +31,20 @@ class Durable:
 class Recorder:
     """Hands verdicts to the ledger and tells the crew's supervisor when each is durable. Thread-safe."""
 
-    def __init__(self, ledger: Ledger, crew: Crew[Durable], clock: Callable[[], float]) -> None:
+    def __init__(self, ledger: Ledger, crew: Crew[Durable], clock: Callable[[], float], *, explains: bool) -> None:
+        """With ``explains``, final verdicts without words wait for an explanation."""
         self._ledger = ledger
         self._crew = crew
         self._clock = clock
+        self._explains = explains
         self._lock = threading.Lock()
         self.written = 0
         """Verdicts handed over so far: the supervisor has to hear of each."""
 
     def local(self, verdict: Verdict, *, final: bool, heatmap: Heatmap | None, began: float) -> Future[Receipt]:
         """Record a local verdict; the future resolves once it is durable."""
-        receipt = self._ledger.record_local(verdict, pending_cloud=not final, heatmap=heatmap)
+        unexplained = final and self._explains and is_wordless(verdict)
+        receipt = self._ledger.record_local(verdict, pending_cloud=not final, unexplained=unexplained, heatmap=heatmap)
         self._track(receipt, verdict, final=final, began=began)
         return receipt
 
@@ -50,7 +54,14 @@ class Recorder:
         Raises:
             ValueError: it holds something that cannot be recorded.
         """
-        self._track(self._ledger.amend(verdict), verdict, final=True, began=None)
+        unexplained = self._explains and is_wordless(verdict)
+        self._track(self._ledger.amend(verdict, unexplained=unexplained), verdict, final=True, began=None)
+
+    def explain(self, seq: int, verdict: Verdict) -> Future[Receipt]:
+        """Record what became of an explanation; the future resolves once it is durable."""
+        receipt = self._ledger.explain(seq, verdict)
+        self._track(receipt, verdict, final=True, began=None)
+        return receipt
 
     def _track(self, receipt: Future[Receipt], verdict: Verdict, *, final: bool, began: float | None) -> None:
         with self._lock:

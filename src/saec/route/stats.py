@@ -76,6 +76,10 @@ class PipelineStats:
     fallbacks: int
     left_pending: int
     """Questions left open for a resumed run."""
+    explained: int
+    """Rejects that a model on the edge was asked to put into words, in time or not."""
+    left_unexplained: int
+    """Explanations left open for a resumed run."""
     deadline_ms: float
     deadline_misses: int
     uplink_bytes: int
@@ -87,6 +91,7 @@ class PipelineStats:
     cloud_s: float | None
     busy_s: float | None
     """The union of both branches."""
+    explain_s: float | None
     circuit_opened: int
     """How often the circuit breaker opened."""
     interrupted: bool
@@ -113,6 +118,7 @@ class Tally:
     escalated: int = 0
     answered: int = 0
     fallbacks: int = 0
+    explained: int = 0
     deadline_misses: int = 0
     uplink_bytes: int = 0
 

@@ -10,7 +10,7 @@ from saec.calibrate.fusion import Fusion
 from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.route.decide import decide, edge_label, final_label
-from saec.types import EdgeResult, Evidence, Label, Opinion, Part, Reason, SceneScore, Verdict, Where
+from saec.types import EdgeResult, Evidence, Explanation, Label, Opinion, Part, Reason, SceneScore, Verdict, Where
 
 
 def local_verdict(
@@ -124,6 +124,36 @@ def fallback_verdict(
         uplink_bytes=uplink_bytes,
         error=printable(f"{local.error}; {error}" if local.error else error),
     )
+
+
+def is_wordless(verdict: Verdict) -> bool:
+    """Return whether a final verdict rejects a part and nobody has said in words why."""
+    return verdict.label is Label.DEFECT and not (verdict.evidence.kind or verdict.evidence.text)
+
+
+def explained_verdict(final: Verdict, said: Evidence, model_id: str, ms: float) -> Verdict:
+    """Return the verdict with a model's kind and text beside the boxes that it has; nothing else changes."""
+    evidence = replace(
+        final.evidence,
+        kind=None if said.kind is None else printable(said.kind),
+        text=None if said.text is None else printable(said.text),
+        source="+".join(filter(None, (final.evidence.source, model_id))),
+    )
+    return replace(_asked_to_explain(final, Explanation.GIVEN, model_id, ms), evidence=evidence)
+
+
+def unexplained_verdict(final: Verdict, what: Explanation, why: str, model_id: str, ms: float) -> Verdict:
+    """Return the verdict of a part that was not put into words: its boxes stand alone, and the error says why."""
+    error = f"no explanation: {why}"
+    return replace(
+        _asked_to_explain(final, what, model_id, ms),
+        error=printable(f"{final.error}; {error}" if final.error else error),
+    )
+
+
+def _asked_to_explain(final: Verdict, what: Explanation, model_id: str, ms: float) -> Verdict:
+    models, timings_ms = {**final.models, "explain": model_id}, {**final.timings_ms, "explain": ms}
+    return replace(final, explanation=what, models=models, timings_ms=timings_ms)
 
 
 def flaw(opinion: object) -> str | None:
