@@ -87,6 +87,7 @@ def write_gguf(path: Path, *, architecture: str = "llama") -> LlamaForCausalLM:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(1e5)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_eos_token_id(words.token_to_id("<|im_end|>"))
     vocabulary = sorted(words.get_vocab().items(), key=lambda item: item[1])
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if token in CONTROL else 1 for token, _ in vocabulary])

@@ -18,14 +18,11 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.vlm.load import LOADING, Vlm
 from saec.vlm.prompt import VERSION
-from saec.vlm.trained import CONFIG, WEIGHTS, check_adapter, read_record
-
-ORIGIN = "saec.json"
+from saec.vlm.trained import ORIGIN, WEIGHTS, adapter_id, check_adapter, check_origin
 
 
 def with_adapter(base: Vlm, folder: Path) -> Vlm:
@@ -35,7 +32,7 @@ def with_adapter(base: Vlm, folder: Path) -> Vlm:
         BadInput: no adapter there, or one whose weights do not fit the base one by one.
     """
     check_adapter(folder)
-    _check_origin(base, folder)
+    check_origin(folder, base=base.base_id, fingerprint=base.fingerprint, made_of=type(base.model).__name__)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of weights that are missing; all of them are compared below.
@@ -47,8 +44,7 @@ def with_adapter(base: Vlm, folder: Path) -> Vlm:
         what = f"the adapter does not fit {base.base_id} ({' '.join(str(error).split())[:300]})"
         raise BadInput(what, where=folder, fix="use the adapter with the base it was trained on") from error
     _check_weights(model, saved, base, folder)
-    adapter_id = f"adapter:{sha256_file(folder / WEIGHTS)[:8]}"
-    return Vlm(model.eval(), base.encoder, base.base_id, adapter_id, base.fingerprint, base)
+    return Vlm(model.eval(), base.encoder, base.base_id, adapter_id(folder), base.fingerprint, base)
 
 
 def save_adapter(model: Any, folder: Path, base: Vlm) -> None:
@@ -62,23 +58,6 @@ def save_adapter(model: Any, folder: Path, base: Vlm) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     origin = {"base": base.base_id, "fingerprint": base.fingerprint, "prompt": VERSION}
     write_atomic(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
-
-
-def _check_origin(base: Vlm, folder: Path) -> None:
-    """Compare with what PEFT, and for adapters of our own also we, wrote about the base beside the weights."""
-    try:
-        made_for = (read_record(folder / CONFIG).get("auto_mapping") or {}).get("base_model_class")
-        own = (folder / ORIGIN).is_file()
-        origin = read_record(folder / ORIGIN) if own else {}
-        theirs, prompt = (origin["fingerprint"], origin["prompt"]) if own else (base.fingerprint, VERSION)
-    except (AttributeError, KeyError) as error:
-        raise BadInput(f"the adapter is damaged ({error})", where=folder) from None
-    if theirs != base.fingerprint or made_for not in (None, type(base.model).__name__):
-        what = f"the adapter was made for another base ({origin.get('base', made_for)}), not for this {base.base_id}"
-        raise BadInput(what, where=folder, fix="use it with the checkpoint it was trained on")
-    if prompt != VERSION:
-        what = f"the adapter was trained with prompt {prompt}, this version asks {VERSION}"
-        raise BadInput(what, where=folder, fix="train it again")
 
 
 def _check_weights(model: Any, saved: dict[str, torch.Tensor], base: Vlm, folder: Path) -> None:

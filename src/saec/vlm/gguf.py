@@ -123,6 +123,18 @@ class LlamaGguf:
         made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
         return made
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends an answer, if the file names it."""
+        field = self._reader.get_field("tokenizer.ggml.eos_token_id")
+        return None if field is None else int(field.contents())
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template (Jinja), if the file holds one."""
+        field = self._reader.get_field("tokenizer.chat_template")
+        return None if field is None else str(field.contents())
+
     def _shape(self) -> DecoderShape:
         heads, hidden = int(self._field("llama.attention.head_count")), int(self._field("llama.embedding_length"))
         width = self._reader.get_field("llama.attention.key_length")

@@ -6,18 +6,18 @@ Nothing is swallowed: weights that are missing, an adapter for another base or a
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from saec.config import MllmSettings
 from saec.errors import BadInput
 from saec.vlm.encode import Encoder, ProcessorEncoder
+from saec.vlm.fingerprint import fingerprint
 from saec.vlm.processors import load_processor, model_type
 from saec.vlm.prompt import VERSION
 from saec.vlm.registry import resolve
@@ -74,27 +74,6 @@ def _bare(settings: MllmSettings) -> Vlm:
 
         return load_loupe(files, settings)
     return _load_base(files.folder, settings)
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of a checkpoint's weights: names, shapes and first rows. Reading all of 16 GB would take minutes.
-
-    Raises:
-        BadInput: weights that cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                for name in sorted(weights.keys()):
-                    rows = weights.get_slice(name)
-                    shape = rows.get_shape()
-                    digest.update(f"{name} {rows.get_dtype()} {shape}\n".encode())
-                    first = (rows[:1] if shape else weights.get_tensor(name)).contiguous()
-                    digest.update(first.flatten().view(torch.uint8).numpy().tobytes())
-    except LOADING as error:
-        raise BadInput(f"the weights cannot be read ({error})", where=folder) from None
-    return digest.hexdigest()
 
 
 def _load_base(folder: Path, settings: MllmSettings) -> Vlm:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from saec.config import MllmSettings
+from saec.data.hashing import sha256_file
 from saec.errors import BadInput
+from saec.vlm.prompt import VERSION
 
 LOUPE = "loupe"
 """Name of the model whose adapter ships with this package."""
@@ -22,6 +24,9 @@ SHIPPED = Path(__file__).parent / "loupe" / "adapter"
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """What every adapter's folder holds; PEFT's names."""
+
+ORIGIN = "saec.json"
+"""Beside them in adapters of our own: base, its fingerprint, and the prompt's version."""
 
 RUN, BEGUN = "train.json", "run.json"
 """Records of a training run, finished and begun; both hold its ``settings``."""
@@ -40,6 +45,38 @@ def check_adapter(folder: Path) -> None:
     """
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise BadInput("no adapter here", where=folder, fix=f"it must hold {CONFIG} and {WEIGHTS}")
+
+
+def check_origin(folder: Path, *, base: str, fingerprint: str, made_of: str) -> None:
+    """Compare with what PEFT, and for adapters of our own also we, wrote about the base beside the weights.
+
+    Args:
+        folder: of the adapter.
+        base: the base's name, for messages.
+        fingerprint: of the base.
+        made_of: name of the base's class.
+
+    Raises:
+        BadInput: made for another base, or trained with another prompt.
+    """
+    try:
+        made_for = (read_record(folder / CONFIG).get("auto_mapping") or {}).get("base_model_class")
+        own = (folder / ORIGIN).is_file()
+        origin = read_record(folder / ORIGIN) if own else {}
+        theirs, prompt = (origin["fingerprint"], origin["prompt"]) if own else (fingerprint, VERSION)
+    except (AttributeError, KeyError) as error:
+        raise BadInput(f"the adapter is damaged ({error})", where=folder) from None
+    if theirs != fingerprint or made_for not in (None, made_of):
+        what = f"the adapter was made for another base ({origin.get('base', made_for)}), not for this {base}"
+        raise BadInput(what, where=folder, fix="use it with the checkpoint it was trained on")
+    if prompt != VERSION:
+        what = f"the adapter was trained with prompt {prompt}, this version asks {VERSION}"
+        raise BadInput(what, where=folder, fix="train it again")
+
+
+def adapter_id(folder: Path) -> str:
+    """Return how an adapter is called in model ids: ``adapter:`` and the beginning of its weights' SHA-256."""
+    return f"adapter:{sha256_file(folder / WEIGHTS)[:8]}"
 
 
 def as_trained(settings: MllmSettings) -> MllmSettings:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from saec.errors import BadInput
 from saec.types import Heatmap
 from saec.vlm.contract.bundle import Preprocess
 from saec.vlm.edge.pixels import fitted, pixel_values
@@ -68,6 +69,9 @@ class LoupePrompts:
     """Makes Loupe's token ids and picture. ``label_tokens`` are the ids of ``0`` and ``1``, ``end`` ends a turn.
 
     Thread-safe. The tokenizer is set so that text of users never becomes a control token, whatever it spells.
+
+    Raises:
+        BadInput: another model's tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, sizes: LoupeSizes = LOUPE) -> None:
@@ -75,7 +79,7 @@ class LoupePrompts:
         self._tokens = tokenizer
         self._sizes = sizes
         self._preprocess = sizes.preprocess
-        start, self.end = (int(tokenizer.token_to_id(token)) for token in (_START, _END))
+        start, self.end = (_control(tokenizer, token) for token in (_START, _END))
         self.image_token = sizes.image_token
         self._before = [start, *self.plain("user\n"), *[sizes.image_token] * sizes.image_tokens]
         self._after = [self.end, *self.plain("\n"), start, *self.plain("assistant\n")]
@@ -112,3 +116,10 @@ class LoupePrompts:
             way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             square[:down, :across] = cv2.resize(question.anomaly_map, (across, down), interpolation=way)
         return square
+
+
+def _control(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise BadInput(f"the tokenizer has no {token}: it is not Loupe's")
+    return int(number)

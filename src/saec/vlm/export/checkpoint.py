@@ -1,0 +1,193 @@
+"""Opening what is exported: decoder, vision and prompt of Loupe, of a Hugging Face folder, or of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from saec.errors import BadInput
+from saec.vlm.contract.bundle import Precision, Prompt, Vision
+from saec.vlm.contract.shape import DecoderShape
+from saec.vlm.export.decoder import DecoderWeights
+from saec.vlm.export.graph import Graph
+from saec.vlm.export.hf_files import label_ids, read_preprocess, read_prompt, read_tokenizer
+from saec.vlm.export.linear import Array
+from saec.vlm.export.lora import Adapter, beside, decoder_modules, merged, read_adapter
+from saec.vlm.export.source import Source
+from saec.vlm.export.vision_clip import llava_vision, smolvlm_vision
+from saec.vlm.export.vision_dinov2 import loupe_vision
+from saec.vlm.export.vision_torch import fastvlm_vision
+from saec.vlm.export.weights import Tensors, open_checkpoint, open_decoder
+from saec.vlm.gguf import LlamaGguf
+from saec.vlm.loupe import LANGUAGE_FILE, TOWER_FILE
+from saec.vlm.loupe.inputs import LoupePrompts
+from saec.vlm.loupe.tower import TOWER, tower_weights
+from saec.vlm.trained import read_record
+
+MakeVision = Callable[[Precision, Path], Vision]
+"""Writes the vision graph into a file and returns what it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """Everything that a bundle is made of."""
+
+    shape: DecoderShape
+    weights: DecoderWeights
+    tokenizer: Tokenizer
+    prompt: Prompt
+    vision: MakeVision | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Modules:
+    """What a family calls its parts: ``text``, ``tower`` and ``connector`` as adapters name them, in memory; the other
+    two are weights by which tower and connector are found in the files."""
+
+    text: str
+    tower: str = ""
+    connector: str = ""
+    tower_weight: str = "embeddings.patch_embedding.weight"
+    connector_weight: str = "multi_modal_projector.linear_1.weight"
+
+
+_MODULES = {
+    "text": _Modules("model."),
+    "loupe": _Modules("language_model.model.", "vision_tower.", "projector."),
+    "llava": _Modules("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+    "smolvlm": _Modules(
+        "model.text_model.",
+        "model.vision_model.",
+        "model.connector.",
+        connector_weight="connector.modality_projection.proj.weight",
+    ),
+    "fastvlm": _Modules("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+}
+
+
+def open_source(source: Source, precision: Precision) -> Opened:
+    """Return the parts of a source, its adapter merged; for int4 it stays beside the decoder's stored 4-bit blocks.
+
+    Raises:
+        BadInput: a file is missing or damaged, or something that cannot be exported; the message names it.
+    """
+    adapter = None if source.adapter is None else read_adapter(source.adapter)
+    opened = _loupe(source, adapter) if source.family == "loupe" else _plain(source, adapter)
+    if adapter is None:
+        return opened
+    attach = beside if precision == "int4" else merged
+    return Opened(
+        opened.shape,
+        attach(opened.weights, adapter, _MODULES[source.family].text),
+        opened.tokenizer,
+        opened.prompt,
+        opened.vision,
+    )
+
+
+def _loupe(source: Source, adapter: Adapter | None) -> Opened:
+    modules = _MODULES["loupe"]
+    language = source.place / LANGUAGE_FILE
+    gguf = LlamaGguf(language)
+    tower = tower_weights(source.place / TOWER_FILE)
+    projector = {} if adapter is None else _under(adapter.saved, modules.connector)
+    if adapter is not None:
+        adapter.require(_changeable(gguf.shape, modules, tower, projector))
+        tower = _adapted(tower, adapter, modules.tower)
+    build = partial(loupe_vision, tower, projector, heads=TOWER["num_attention_heads"])
+    tokenizer = gguf.tokenizer()
+    prompts = LoupePrompts(gguf.tokenizer())
+    prompt = Prompt(image_token=prompts.image_token, labels=prompts.label_tokens, ends=(prompts.end,))
+    shape, weights = open_decoder(language)
+    return Opened(shape, weights, tokenizer, prompt, _writer(build, source.place))
+
+
+def _plain(source: Source, adapter: Adapter | None) -> Opened:
+    """Open a GGUF file, or a checkpoint folder with what it has beside the decoder."""
+    shape, weights = open_decoder(source.place)
+    modules = _MODULES[source.family]
+    vision: MakeVision | None = None
+    if source.place.is_dir():
+        config = read_record(source.place / "config.json")
+        tokenizer = read_tokenizer(source.place)
+        prompt = read_prompt(source.place, config, tokenizer)
+        if source.family in ("llava", "smolvlm"):
+            return _with_tower(source, adapter, config, Opened(shape, weights, tokenizer, prompt))
+        if source.family == "fastvlm":
+            vision = partial(fastvlm_vision, source.place, source.adapter)
+    else:
+        tokenizer, prompt = _of_gguf(source.place)
+    if adapter is not None and source.family == "text":
+        adapter.require(_changeable(shape, modules, {}, {}))
+    return Opened(shape, weights, tokenizer, prompt, vision)
+
+
+def _with_tower(source: Source, adapter: Adapter | None, config: Mapping[str, Any], opened: Opened) -> Opened:
+    modules, tensors = _MODULES[source.family], open_checkpoint(source.place)
+    tower = _found(tensors, modules.tower_weight, modules.tower_weight, source.place)
+    inside = modules.connector_weight.partition(".")[2]
+    connector = _found(tensors, modules.connector_weight, inside, source.place)
+    if adapter is not None:
+        adapter.require(_changeable(opened.shape, modules, tower, connector))
+        tower, connector = _adapted(tower, adapter, modules.tower), _adapted(connector, adapter, modules.connector)
+    how = read_preprocess(source.place, int(config["vision_config"]["image_size"]))
+    make = llava_vision if source.family == "llava" else smolvlm_vision
+    build = partial(make, config, tower, connector, how=how)
+    return Opened(opened.shape, opened.weights, opened.tokenizer, opened.prompt, _writer(build, source.place))
+
+
+def _of_gguf(file: Path) -> tuple[Tokenizer, Prompt]:
+    gguf = LlamaGguf(file)
+    tokenizer = gguf.tokenizer()
+    if gguf.end is None:
+        raise BadInput("the file names no token that ends an answer", where=file)
+    return tokenizer, Prompt(labels=label_ids(tokenizer), ends=(gguf.end,), template=gguf.chat_template)
+
+
+def _writer(build: Callable[..., tuple[Graph, Vision]], where: Path) -> MakeVision:
+    def write(precision: Precision, file: Path) -> Vision:
+        try:
+            graph, vision = build(precision=precision)
+        except KeyError as error:
+            raise BadInput(f"the vision tower lacks {error}", where=where) from None
+        graph.save(file)
+        return vision
+
+    return write
+
+
+def _found(tensors: Tensors, weight: str, inside: str, folder: Path) -> dict[str, Array]:
+    """Return the weights beside the one that ends in ``weight``, under their names from ``inside`` on."""
+    stored = [name for name in tensors.shapes if f".{name}".endswith(f".{weight}")]
+    if len(stored) != 1:
+        raise BadInput(f"{len(stored)} weights are called {weight}, one tells where its module begins", where=folder)
+    prefix = stored[0].removesuffix(inside)
+    return {name.removeprefix(prefix): tensors.array(name) for name in tensors.shapes if name.startswith(prefix)}
+
+
+def _changeable(
+    shape: DecoderShape, modules: _Modules, tower: Mapping[str, Array], connector: Mapping[str, Array]
+) -> set[str]:
+    """Return the paths of all modules that an adapter may change."""
+    found = decoder_modules(shape, modules.text)
+    for prefix, weights in ((modules.tower, tower), (modules.connector, connector)):
+        found |= {prefix.removesuffix(".")} if weights else set()
+        found |= {prefix + name.removesuffix(".weight") for name, values in weights.items() if values.ndim == 2}
+    return found
+
+
+def _adapted(weights: Mapping[str, Array], adapter: Adapter, prefix: str) -> dict[str, Array]:
+    """Return weights with an adapter's LoRA merged, and those replaced that it saved whole."""
+    return {
+        name: adapter.saved.get(prefix + name, adapter.merged(prefix + name.removesuffix(".weight"), values))
+        for name, values in weights.items()
+    }
+
+
+def _under(saved: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): values for name, values in saved.items() if name.startswith(prefix)}

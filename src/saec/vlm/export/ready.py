@@ -1,0 +1,68 @@
+"""The bundle of a model, ready to run: where it lies in the model cache, exported there when it is missing.
+
+    <model cache>/exported/loupe-1a2b3c4d5e6f-int8/
+
+The twelve digits are of a hash of everything it is made from, so a changed adapter or exporter makes another bundle.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from saec.config import MllmSettings
+from saec.errors import BadInput
+from saec.vlm.contract.bundle import RECORD, read_bundle
+from saec.vlm.export.source import find_source
+from saec.vlm.gather import alone
+from saec.vlm.registry import CACHE_ENV, cache_folder
+from saec.vlm.trained import as_trained
+
+
+def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | None = None) -> Path:
+    """Return the folder of the bundle that the settings name: model, adapter and precision.
+
+    A bundle's own folder is returned as it is. Another model is exported on first use, by one process at a time, which
+    needs ``saec[export]``; whoever finds the bundle needs nothing of the kind.
+
+    Raises:
+        BadInput: no such model, one that cannot be exported, or a cache that cannot be written.
+    """
+    if (Path(settings.model) / RECORD).is_file():
+        if settings.adapter is not None:
+            fix = "export the model with this adapter"
+            raise BadInput("a bundle has its adapter inside", where=settings.adapter, fix=fix)
+        return Path(settings.model)
+    wanted = as_trained(settings)
+    source = find_source(wanted.model, wanted.adapter)
+    name = f"{source.name}-{source.fingerprint(wanted.precision)[:12]}-{wanted.precision}"
+    folder = cache_folder() / "exported" / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not _usable(folder):
+            with alone(folder.with_name(f".{name}")):
+                if not _usable(folder):  # another process may have made it while this one waited
+                    shutil.rmtree(folder, ignore_errors=True)
+                    _export(wanted, folder, progress)
+    except (OSError, sqlite3.Error) as error:
+        what = f"cannot write the model cache ({error})"
+        raise BadInput(what, where=folder, fix=f"set {CACHE_ENV}") from None
+    return folder
+
+
+def _usable(folder: Path) -> bool:
+    try:
+        return bool(read_bundle(folder, hashes=False))  # whoever loads it compares the hashes
+    except BadInput:
+        return False
+
+
+def _export(wanted: MllmSettings, folder: Path, progress: Callable[[str], None] | None) -> None:
+    try:
+        from saec.vlm.export.bundle import export_bundle
+    except ModuleNotFoundError as error:
+        what = f"{wanted.model} is not exported yet, and exporting needs {error.name}"
+        raise BadInput(what, where=folder, fix="pip install 'saec[export]', or pass the folder of a bundle") from None
+    export_bundle(wanted.model, folder, precision=wanted.precision, adapter=wanted.adapter, progress=progress)

@@ -1,0 +1,98 @@
+"""Loupe's vision graph: a DINOv2 tower (Oquab et al., TMLR 2024), two blocks' patches, and the projector with the map.
+
+The same computation as :meth:`saec.vlm.loupe.model.Loupe.see`; layer scales are folded into the weights before them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saec.vlm.contract.bundle import Precision, Vision
+from saec.vlm.contract.signature import TensorSpec
+from saec.vlm.export.graph import Graph
+from saec.vlm.export.linear import emit
+from saec.vlm.export.vision_layers import Block, Tower, Weights, linear_of, norm_of, resized_positions, scaled
+from saec.vlm.loupe.inputs import LOUPE, LoupeSizes
+
+EPS, PROJECTOR_EPS = 1e-6, 1e-5
+"""Of the tower's layer normalisations, and of the projector's."""
+
+
+def loupe_vision(
+    tower: Weights, projector: Weights, precision: Precision, *, heads: int, sizes: LoupeSizes = LOUPE
+) -> tuple[Graph, Vision]:
+    """Return the graph from ``pixel_values`` [1, 3, S, S] and ``anomaly_map`` [1, P, P] to ``image_embeds`` [1, T, H].
+
+    Args:
+        tower: weights under the names of ``Dinov2Model``, adapter merged.
+        projector: weights under the names of :class:`saec.vlm.loupe.model.Projector`.
+        precision: of the matrix products.
+        heads: of the tower's attention.
+        sizes: of the picture.
+
+    Raises:
+        KeyError: a weight is missing; its name is the error's text.
+    """
+    made = Tower(precision, heads=heads, eps=EPS, activation="gelu")
+    side, patches = sizes.image_side, sizes.patches
+    inputs = (
+        TensorSpec(name="pixel_values", shape=(1, 3, side, side), dtype="float32"),
+        TensorSpec(name="anomaly_map", shape=(1, patches, patches), dtype="float32"),
+    )
+    pixels, anomaly_map = (made.input(spec) for spec in inputs)
+    seen = _seen(made, pixels, tower, sizes)
+    embeds = _projected(made, seen, _standardised(made, anomaly_map, sizes), projector, sizes)
+    hidden = len(projector["visual.bias"])
+    vision = Vision(inputs=inputs, tokens=sizes.image_tokens, preprocess=sizes.preprocess)
+    return made.finish(embeds, vision, hidden)
+
+
+def _seen(made: Tower, pixels: str, tower: Weights, sizes: LoupeSizes) -> str:
+    """Return the normalised patches of the chosen blocks side by side: [1, patches, layers x width]."""
+    kernel = tower["embeddings.patch_embeddings.projection.weight"]
+    positions = tower["embeddings.position_embeddings"][0]
+    first = tower["embeddings.cls_token"].reshape(1, 1, -1) + positions[:1]
+    grid = resized_positions(positions[1:], sizes.patches) + tower["embeddings.patch_embeddings.projection.bias"]
+    x = made.add(made.patches(pixels, kernel, sizes.image_side), "positions", grid[None])
+    x = made.graph.op("Concat", made.graph.weight("class", first.astype(made.dtype)), x, axis=1)
+    found = []
+    for number in range(1, max(sizes.tower_layers) + 1):
+        x = made.block(x, _block(tower, f"encoder.layer.{number - 1}"))
+        if number in sizes.tower_layers:
+            found.append(made.without_class(made.norm(x, "layernorm", *norm_of(tower, "layernorm"))))
+    return made.graph.op("Concat", *found, axis=-1)
+
+
+def _block(tower: Weights, at: str) -> Block:
+    queries, keys, values = (linear_of(tower, f"{at}.attention.{part}_proj") for part in "qkv")
+    return Block(
+        (norm_of(tower, f"{at}.norm1"), norm_of(tower, f"{at}.norm2")),
+        queries,
+        keys,
+        values,
+        scaled(linear_of(tower, f"{at}.attention.o_proj"), tower[f"{at}.layer_scale1.lambda1"]),
+        linear_of(tower, f"{at}.mlp.fc1"),
+        scaled(linear_of(tower, f"{at}.mlp.fc2"), tower[f"{at}.layer_scale2.lambda1"]),
+    )
+
+
+def _standardised(made: Tower, anomaly_map: str, sizes: LoupeSizes) -> str:
+    """Return the standardised log map at the patches of each token: [1, T, merge^2]."""
+    graph, dtype = made.graph, made.dtype
+    logs = graph.op("Log", graph.op("Max", anomaly_map, graph.constant(1e-3, dtype)))
+    centred = graph.op("Sub", logs, graph.constant(sizes.map_mean, dtype))
+    standard = graph.op("Div", centred, graph.constant(sizes.map_std, dtype))
+    return made.merged(standard, sizes.patches, sizes.merge, channels=1)
+
+
+def _projected(made: Tower, seen: str, cells: str, weights: Weights, sizes: LoupeSizes) -> str:
+    graph, plain = made.graph, made.dtype
+    width = weights["norm.weight"].shape[0] // sizes.merge**2
+    x = made.merged(seen, sizes.patches, sizes.merge, channels=width)
+    x = made.norm(x, "projector.norm", *norm_of(weights, "norm"), eps=PROJECTOR_EPS)
+    x = made.linear(x, linear_of(weights, "visual"))
+    m = graph.op("Concat", cells, graph.op("Mul", cells, cells), axis=-1)
+    m = made.active(emit(graph, m, linear_of(weights, "map.0"), plain), "gelu")
+    m = emit(graph, m, linear_of(weights, "map.2"), plain)
+    mixed = made.active(graph.op("Add", x, m), "gelu")
+    return graph.op("Mul", mixed, graph.constant(np.asarray(weights["scale"]).reshape(()), made.dtype))
