@@ -7,7 +7,7 @@ from onnx import TensorProto
 from saec.vlm.contract.bundle import Precision
 from saec.vlm.contract.signature import FloatType, TensorSpec
 from saec.vlm.export.graph import Graph
-from saec.vlm.export.linear import Array, quantise_rows
+from saec.vlm.export.linear import STEPS, Array, quantise_rows
 
 
 def embedding_specs(hidden: int, dtype: FloatType) -> tuple[TensorSpec, TensorSpec]:
@@ -26,7 +26,7 @@ def build_embedding(table: Array, precision: Precision) -> Graph:
     source, target = embedding_specs(table.shape[1], "float16" if precision == "float16" else "float32")
     ids = graph.input(source)
     if precision in ("int8", "int4"):
-        quants, scale = quantise_rows(table)
+        quants, scale = quantise_rows(table, STEPS)
         rows = graph.op("Cast", graph.op("Gather", graph.weight("table", quants), ids), to=TensorProto.FLOAT)
         found = graph.op("Mul", rows, graph.op("Gather", graph.weight("scale", scale[:, None]), ids))
     else:

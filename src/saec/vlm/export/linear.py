@@ -25,7 +25,7 @@ Array = NDArray[np.float32]
 BLOCK = 32
 """Weights that share a scale in 4 bit; also GGUF's block."""
 
-_WEIGHT_STEPS, _STEPS = 63, 127
+_WEIGHT_STEPS, STEPS = 63, 127
 """Steps either side of zero, of weights and of activations. Processors without VNNI add pairs of products in 16 bits,
 which 8 times 8 bits overflow and 7 times 8 do not: the same answers everywhere, and no measurable loss."""
 
@@ -113,9 +113,9 @@ def emit(graph: Graph, x: str, layer: Linear, precision: Precision) -> str:
     return y
 
 
-def quantise_rows(matrix: Array) -> tuple[NDArray[np.int8], Array]:
-    """Return a matrix [out, in] in 7 bits and the scale of each row [out], symmetric: values are q * scale."""
-    scale = np.maximum(np.abs(matrix).max(axis=1), _ZERO) / _WEIGHT_STEPS
+def quantise_rows(matrix: Array, steps: int = _WEIGHT_STEPS) -> tuple[NDArray[np.int8], Array]:
+    """Return a matrix [out, in] as q of -``steps`` to ``steps``, and scales [out]: row i is q[i] * scale[i]."""
+    scale = np.maximum(np.abs(matrix).max(axis=1), _ZERO) / steps
     return np.round(matrix / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
@@ -140,7 +140,7 @@ def _int8(graph: Graph, x: str, layer: Linear) -> str:
     quants, scale = quantise_rows(dense(layer.weight))
     largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
     largest = graph.op("Max", largest, graph.constant(_ZERO, "float32"))
-    step, middle = graph.constant(1 / _STEPS, "float32"), graph.constant(128, "uint8")
+    step, middle = graph.constant(1 / STEPS, "float32"), graph.constant(128, "uint8")
     rows = graph.op("QuantizeLinear", graph.op("Div", x, largest), step, middle)
     weight = graph.weight(f"{layer.name}.weight", quants.T)
     scales = graph.weight(f"{layer.name}.scale", scale)
