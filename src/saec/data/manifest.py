@@ -92,16 +92,18 @@ class Manifest:
         write_atomic(file, self.to_json())
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text`` in UTF-8 so that a reader, or a power cut, sees the old or the new text, no mixture.
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Replace ``file`` by ``content`` so that a reader, or a power cut, sees the old or the new, no mixture.
+
+    Text is written in UTF-8.
 
     Raises:
         OSError: the folder cannot be written to; nothing is left behind.
     """
     handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         Path(name).chmod(0o644)
