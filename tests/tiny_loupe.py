@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,8 +70,10 @@ def bare(vlm: Vlm) -> Vlm:
     return replace(vlm, model=twin.model)
 
 
-def write_gguf(path: Path, *, architecture: str = "llama") -> LlamaForCausalLM:
-    """Write a random Llama as llama.cpp's converter would, and return the model."""
+def write_gguf(
+    path: Path, *, architecture: str = "llama", packed: GGMLQuantizationType | None = None
+) -> LlamaForCausalLM:
+    """Write a random Llama as llama.cpp's converter would, matrices ``packed`` if asked; return the model."""
     words = tokenizer()
     size = words.get_vocab_size()
     config = LlamaConfig(**TEXT, vocab_size=size)
@@ -93,8 +95,13 @@ def write_gguf(path: Path, *, architecture: str = "llama") -> LlamaForCausalLM:
     writer.add_token_types([3 if token in CONTROL else 1 for token, _ in vocabulary])
     writer.add_token_merges(_merges(words))
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":
-            writer.add_tensor(_name(name), _interleaved(name, tensor.numpy(), config))
+        if name == "lm_head.weight":
+            continue
+        weight = _interleaved(name, tensor.numpy(), config)
+        if packed is not None and weight.ndim == 2:
+            writer.add_tensor(_name(name), quantize(weight, packed), raw_dtype=packed)
+        else:
+            writer.add_tensor(_name(name), weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
