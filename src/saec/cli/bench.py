@@ -134,6 +134,54 @@ def cloud(
 
 
 @app.command()
+def vlm(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A name, a checkpoint's folder or a bundle. Default: mllm.model.", show_default=False
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Number formats under ONNX Runtime.")] = "float32,int8,int4",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA", help="Ask about these parts; by default ELPV's, from its package.", show_default=False
+        ),
+    ] = None,
+    station: Annotated[
+        Path | None,
+        typer.Option("--station", "-s", metavar="DIR", help="Station that makes anomaly maps.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most this many images.")] = 120,
+    rounds: Annotated[int, typer.Option(help="Rounds of all arms, each with its share of the images.")] = 3,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """An exported VLM in ONNX Runtime against the same model in torch: stages, memory, start, and agreement.
+
+    Each arm runs in a process of its own on mllm.threads threads, one question at a time. What is not exported yet is
+    exported first. Where torch is not installed, its arm is left out.
+    """
+    from tempfile import TemporaryDirectory
+
+    from saec.cli.console import steps
+    from saec.cli.fit import stepper
+    from saec.cli.measured import bundles_of, cells_of, torch_runs
+    from saec.evaluate.bench_vlm import bench_vlm
+    from saec.vlm.trained import as_trained
+
+    settings = settings_of(config, set_, mllm__model=model)
+    wanted = as_trained(settings.mllm)
+    bundles = bundles_of(wanted, precision)
+    with TemporaryDirectory(prefix="saec-bench-") as scratch, steps() as progress:
+        cells = cells_of(images, station, settings, Path(scratch), limit)
+        shown = stepper(progress)
+        tables = bench_vlm(bundles, wanted, cells, torch=torch_runs(wanted), rounds=rounds, progress=shown)
+    finish(json_, *tables)
+
+
+@app.command()
 def accuracy(
     data: Annotated[
         list[Path] | None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
+    from saec.config import MllmSettings, Settings
+    from saec.evaluate.bench_vlm_arm import Cell
     from saec.evaluate.table import Table
     from saec.types import Image
 
@@ -50,6 +52,80 @@ def images_of(folder: Path | None, limit: int) -> list[Image]:
         except UnreadableImage as error:
             raise BadInput(f"unreadable image ({error.why})", where=error.path, fix="leave it out") from None
     return found
+
+
+def cells_of(data: Path | None, station: Path | None, settings: Settings, scratch: Path, limit: int) -> list[Cell]:
+    """Return parts to ask a VLM about, a fair share of each product and label, test parts where there are splits.
+
+    Anomaly maps are those of ``station``, none without one. Everything made here lies in ``scratch``. Without ``data``
+    the parts are ELPV's, from its package.
+
+    Raises:
+        BadInput: no parts, a product that the station does not know, or the package is not installed.
+    """
+    import numpy as np
+
+    from saec.cli.demo import sample
+    from saec.cli.options import dataset_of, load_station
+    from saec.data.decode import read_image
+    from saec.data.elpv import build_elpv
+    from saec.evaluate.bench_vlm_arm import Cell
+    from saec.evaluate.runner import check_products
+
+    if data is None:
+        data = scratch / "elpv"
+        build_elpv(data, mode="symlink")
+    dataset = dataset_of(data, settings)
+    parts = sample(dataset.select(split="test" if dataset.splits else None).parts, limit)
+    cells = [Cell(image=part.path, product=part.product) for part in parts]
+    if station is None:
+        return cells
+    judge = load_station(station, settings)
+    check_products(parts, judge)
+    for number, cell in enumerate(cells):
+        heatmap = judge.predict(read_image(cell.image), cell.product).heatmap
+        if heatmap is not None:
+            cell.anomaly_map = scratch / f"{number}.npy"
+            np.save(cell.anomaly_map, heatmap, allow_pickle=False)
+    return cells
+
+
+def bundles_of(settings: MllmSettings, precisions: str) -> dict[str, Path]:
+    """Return the bundle of a model in each precision, such as ``float32,int8``, exported where it is not yet.
+
+    A model that is a bundle itself has the one that it was exported in.
+
+    Raises:
+        BadInput: an unknown precision, or a model that cannot be exported.
+    """
+    from typing import get_args
+
+    from saec.cli.console import console
+    from saec.config import MllmSettings
+    from saec.vlm.contract.bundle import RECORD, read_bundle
+    from saec.vlm.export.ready import ready_bundle
+
+    folder = Path(settings.model)
+    if (folder / RECORD).is_file():
+        return {read_bundle(folder, hashes=False).precision: folder}
+    known = get_args(MllmSettings.model_fields["precision"].annotation)
+    found = {}
+    for name in precisions.split(","):
+        if name not in known:
+            raise BadInput("unknown precision", where=name, fix=f"of {', '.join(known)}, with commas between them")
+        with console(stderr=True).status(f"{settings.model} in {name}"):
+            found[name] = ready_bundle(settings.model_copy(update={"precision": name}))
+    return found
+
+
+def torch_runs(settings: MllmSettings) -> bool:
+    """Return whether this model can run in torch here."""
+    from importlib.util import find_spec
+
+    from saec.vlm.contract.bundle import RECORD
+
+    installed = all(find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+    return installed and not (Path(settings.model) / RECORD).is_file()
 
 
 def _made_up(count: int) -> list[Image]:
