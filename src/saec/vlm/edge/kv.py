@@ -46,14 +46,10 @@ class Cache:
 
     def __init__(self, signature: Signature, prefix: Prefix | None = None, length: int | None = None) -> None:
         """Begin with a copy of the first ``length`` tokens of ``prefix``, all of them unless told otherwise."""
-        self._signature, shape = signature, signature.shape
+        self._signature = signature
         self._most = signature.cache
-        self._grows = signature.n is None
-        room = 0 if self._grows else self._most
-        heads, width = shape.kv_heads, shape.head_dim
-        self.keys: States = np.zeros((shape.layers, 1, heads, width, room), signature.dtype)
-        self.values: States = np.zeros((shape.layers, 1, heads, room, width), signature.dtype)
         self.length = 0
+        self._make(0 if signature.n is None else self._most)
         if prefix is not None:
             kept = prefix.length if length is None else length
             self.append(prefix.keys[..., :kept], prefix.values[..., :kept, :])
@@ -88,6 +84,14 @@ class Cache:
         return Cache(self._signature, Prefix(self.keys[..., :length], self.values[..., :length, :]))
 
     def _grow(self, tokens: int) -> None:
-        more = min(-(-tokens // GRAIN) * GRAIN, self._most) - self.room
-        self.keys = np.pad(self.keys, [(0, 0)] * 4 + [(0, more)])
-        self.values = np.pad(self.values, [(0, 0)] * 3 + [(0, more), (0, 0)])
+        old = self.keys, self.values
+        self._make(min(-(-tokens // GRAIN) * GRAIN, self._most))
+        self.keys[..., : self.length], self.values[..., : self.length, :] = (
+            old[0][..., : self.length],
+            old[1][..., : self.length, :],
+        )
+
+    def _make(self, room: int) -> None:
+        shape, dtype = self._signature.shape, self._signature.dtype
+        self.keys: States = np.zeros((shape.layers, 1, shape.kv_heads, shape.head_dim, room), dtype)
+        self.values: States = np.zeros((shape.layers, 1, shape.kv_heads, room, shape.head_dim), dtype)

@@ -85,7 +85,7 @@ class Conversation:
             raise ContextFull(tokens, signature.context)
         for start in range(0, len(embeds), size):
             logits = self._run(embeds[start : start + size])
-        return np.asarray(logits, np.float32)
+        return logits.astype(np.float32)
 
     def keep(self, length: int | None = None) -> Prefix:
         """Return a read-only copy of the first ``length`` tokens' keys and values, by default of all."""
