@@ -30,7 +30,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[elpv,cloud]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[elpv,export]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt

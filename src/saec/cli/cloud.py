@@ -22,8 +22,13 @@ class Kind(StrEnum):
     """Who answers behind the service."""
 
     EXPERT = "expert"
+    ONNX = "onnx-vlm"
     OPENAI = "openai"
     TRANSFORMERS = "transformers"
+
+
+RUNTIMES = {Kind.ONNX: "onnx", Kind.TRANSFORMERS: "transformers"}
+"""Backends that are a multimodal LLM in this process, and what runs it."""
 
 
 @app.command()
@@ -32,7 +37,7 @@ def serve(
         Kind,
         typer.Option(
             help="The station's expert, an OpenAI-compatible endpoint such as vLLM or SGLang, or a multimodal LLM in "
-            "this process."
+            "this process: exported to ONNX, without torch, or through Hugging Face classes."
         ),
     ] = Kind.EXPERT,
     station: Annotated[
@@ -42,7 +47,7 @@ def serve(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|DIR", help="Model of --backend transformers: see saec models list.", show_default=False
+            metavar="NAME|DIR", help="Model in this process: see saec models list.", show_default=False
         ),
     ] = None,
     adapter: Annotated[
@@ -70,9 +75,9 @@ def serve(
     from saec.cli.console import console
     from saec.cloud import service
 
-    if backend is not Kind.TRANSFORMERS and (model or adapter):
-        raise BadInput("--model and --adapter belong to --backend transformers")
-    dials = {"mllm__model": model, "mllm__adapter": adapter}
+    if backend not in RUNTIMES and (model or adapter):
+        raise BadInput(f"--model and --adapter belong to --backend {' and '.join(RUNTIMES)}")
+    dials = {"mllm__model": model, "mllm__adapter": adapter, "mllm__runtime": RUNTIMES.get(backend)}
     settings = settings_of(config, set_, serve__host=host, serve__port=port, **dials)
     if token_file is not None:
         update = {"token": _token(token_file)}
@@ -122,10 +127,10 @@ def backend_of(kind: Kind, station: Path | None, settings: Settings) -> Backend:
         from saec.cloud.openai import OpenAIBackend
 
         return OpenAIBackend(settings.openai)
-    if kind is Kind.TRANSFORMERS:
+    if kind in RUNTIMES:
         return mllm_backend(settings)
     if station is None:
-        raise BadInput("the expert needs its station", fix="pass --station, or --backend openai or transformers")
+        raise BadInput("the expert needs its station", fix="pass --station, or another --backend")
     if not (station / EXPERT).is_dir():
         raise BadInput("the station has no expert model", where=station, fix="fit it with saec fit --expert")
     from saec.cloud.expert import ExpertBackend

@@ -100,11 +100,13 @@ def _ask_loupe(
     """Start Loupe as the cloud, and calibrate the station with what it says of held-out cells."""
     from saec.cli.console import say
     from saec.cli.models import pulled
+    from saec.cli.vlm_export import exported
 
     pulled(LOUPE)
+    exported(settings.mllm)
     refuse_learnt("mllm", settings, [part for part in dataset if part.split != "train"])
-    say("   Cloud: Loupe, a multimodal LLM of 160 million parameters, as a service on this machine.")
-    command = ["--backend", "transformers", "--model", LOUPE, *dials]
+    say("   Cloud: Loupe, a multimodal LLM of 160 million parameters in 8 bit, as a service on this machine.")
+    command = ["--backend", "onnx-vlm", "--model", LOUPE, *dials]
     with _service(command, place, settings) as (url, client):
         yield _station(place / "station", dataset, settings, cloud=url, asked=client.model_id), client
 

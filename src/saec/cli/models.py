@@ -208,7 +208,9 @@ def _serve(settings: Settings) -> Backend:
     from saec.cli.options import mllm_backend
     from saec.cloud.backend import warm_up
 
-    backend = mllm_backend(settings)
+    # Against the runtime that trained it; what exporting costs besides, saec bench vlm says.
+    theirs = settings.mllm.model_copy(update={"runtime": "transformers"})
+    backend = mllm_backend(settings.model_copy(update={"mllm": theirs}))
     warm_up(backend)
     return backend
 
