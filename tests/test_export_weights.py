@@ -243,3 +243,15 @@ def test_a_gguf_file_without_a_weight_is_refused(tmp_path: Path, monkeypatch: py
         open_decoder(tmp_path / "tiny.gguf")
     with pytest.raises(BadInput, match=r"lacks model\.odd.*tiny\.gguf"):
         LlamaGguf(tmp_path / "tiny.gguf").array("model.odd")
+
+
+@pytest.mark.parametrize(("field", "value"), [("scaling.type", "yarn"), ("dimension_count", 8)])
+def test_gguf_positions_of_another_kind_are_refused(
+    field: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_gguf(tmp_path / "tiny.gguf")
+    read = LlamaGguf._field
+    said = {f"llama.rope.{field}": value}
+    monkeypatch.setattr(LlamaGguf, "_field", lambda self, name, *default: said.get(name) or read(self, name, *default))
+    with pytest.raises(BadInput, match=rf"rotary positions of .*{value}.*tiny\.gguf"):
+        LlamaGguf(tmp_path / "tiny.gguf")

@@ -6,6 +6,7 @@ projections with the two halves of each rotary pair interleaved; here they are p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class LlamaGguf:
                 raise BadInput(what, where=path, fix="llama is what is read here")
             self._tensors = {_hugging_face(tensor.name): tensor for tensor in self._reader.tensors}
             self.shape = self._shape()
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, ZeroDivisionError) as error:
             raise BadInput(f"not a readable GGUF file ({error})", where=path, fix="pull the model again") from None
 
     @property
@@ -126,18 +127,23 @@ class LlamaGguf:
     @property
     def end(self) -> int | None:
         """The token that ends an answer, if the file names it."""
-        field = self._reader.get_field("tokenizer.ggml.eos_token_id")
-        return None if field is None else int(field.contents())
+        found: int | None = self._field("tokenizer.ggml.eos_token_id", None)
+        return found
 
     @property
     def chat_template(self) -> str | None:
         """The chat template (Jinja), if the file holds one."""
-        field = self._reader.get_field("tokenizer.chat_template")
-        return None if field is None else str(field.contents())
+        found: str | None = self._field("tokenizer.chat_template", None)
+        return found
 
     def _shape(self) -> DecoderShape:
         heads, hidden = int(self._field("llama.attention.head_count")), int(self._field("llama.embedding_length"))
-        width = self._reader.get_field("llama.attention.key_length")
+        width = int(self._field("llama.attention.key_length", hidden // heads))
+        scaling = self._field("llama.rope.scaling.type", "none")
+        turned = self._field("llama.rope.dimension_count", width)
+        if scaling != "none" or turned != width:
+            what = f"rotary positions of scaling {scaling} on {turned} of {width} dimensions"
+            raise BadInput(f"the file has {what}, which are not read here", where=self._path)
         return DecoderShape(
             family="llama",
             vocab_size=int(self._field("llama.vocab_size")),
@@ -146,18 +152,18 @@ class LlamaGguf:
             layers=int(self._field("llama.block_count")),
             heads=heads,
             kv_heads=int(self._field("llama.attention.head_count_kv")),
-            head_dim=hidden // heads if width is None else int(width.contents()),
+            head_dim=width,
             max_positions=int(self._field("llama.context_length")),
             rope_theta=float(self._field("llama.rope.freq_base")),
             rms_eps=float(self._field("llama.attention.layer_norm_rms_epsilon")),
             tied="lm_head.weight" not in self._tensors,
         )
 
-    def _field(self, name: str) -> Any:
+    def _field(self, name: str, *default: Any) -> Any:
         field = self._reader.get_field(name)
-        if field is None:
+        if field is None and not default:
             raise KeyError(f"no {name}")
-        return field.contents()
+        return default[0] if field is None else field.contents()
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
@@ -176,5 +182,7 @@ class LlamaGguf:
 def _hugging_face(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
-    _, number, part, kind = name.split(".")
-    return f"model.layers.{number}.{_BLOCK[part]}.{kind}"
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if found is None or found[2] not in _BLOCK:
+        return name  # whoever needs all weights to be known will find that this is not
+    return f"model.layers.{found[1]}.{_BLOCK[found[2]]}.{found[3]}"
