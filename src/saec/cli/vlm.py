@@ -15,7 +15,6 @@ app = typer.Typer(
 app.command("export-decoder")(vlm_export.export_decoder)
 app.command("validate")(vlm_graphs.validate)
 app.command("rename")(vlm_graphs.rename)
-app.command("quantize")(vlm_compile.quantize)
 app.command("compile")(vlm_compile.compile_)
 app.command("e2e")(vlm_ask.e2e)
 app.command("cache")(vlm_ask.cache)
