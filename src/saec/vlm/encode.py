@@ -107,7 +107,8 @@ class ProcessorEncoder(Encoder):
         self._end = int(end)
         pad = self.tokenizer.pad_token_id
         self.padding = self._end if pad is None else int(pad)
-        self._crops = bool(getattr(processor.image_processor, "do_center_crop", False))
+        images = processor.image_processor
+        self._crops = bool(getattr(images, "do_center_crop", False)) and not getattr(images, "do_pad", False)
         self._tails = {prefill: self._render("", ["."], prefill) for prefill in (PREFILL, "")}
         good, defect = (self._label_token(label) for label in LABELS)
         self.label_tokens = (good, defect)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from saec.vlm.export.source import Source
 from saec.vlm.export.vision_clip import llava_vision, smolvlm_vision
 from saec.vlm.export.vision_dinov2 import loupe_vision
 from saec.vlm.export.vision_torch import fastvlm_vision
-from saec.vlm.export.weights import Tensors, open_checkpoint, open_decoder
-from saec.vlm.gguf import LlamaGguf
+from saec.vlm.export.weights import Tensors, open_checkpoint, open_decoder, open_gguf
 from saec.vlm.loupe import LANGUAGE_FILE, TOWER_FILE
 from saec.vlm.loupe.inputs import LoupePrompts
 from saec.vlm.loupe.tower import TOWER, tower_weights
@@ -77,76 +76,68 @@ def open_source(source: Source, precision: Precision) -> Opened:
         BadInput: a file is missing or damaged, or something that cannot be exported; the message names it.
     """
     adapter = None if source.adapter is None else read_adapter(source.adapter)
-    opened = _loupe(source, adapter) if source.family == "loupe" else _plain(source, adapter)
+    if source.family == "loupe":
+        opened = _loupe(source, adapter)
+    else:
+        opened = _folder(source, adapter) if source.place.is_dir() else _gguf(source)
     if adapter is None:
         return opened
+    modules = _MODULES[source.family]
+    if source.family in ("text", "fastvlm"):  # the tower of the latter gets its adapter from PyTorch
+        inside = {modules.connector + part for part in ("linear_1", "linear_2")} if modules.connector else set()
+        adapter.require(decoder_modules(opened.shape, modules.text) | inside)
     attach = beside if precision == "int4" else merged
-    return Opened(
-        opened.shape,
-        attach(opened.weights, adapter, _MODULES[source.family].text),
-        opened.tokenizer,
-        opened.prompt,
-        opened.vision,
-    )
+    return replace(opened, weights=attach(opened.weights, adapter, modules.text))
 
 
 def _loupe(source: Source, adapter: Adapter | None) -> Opened:
-    modules = _MODULES["loupe"]
-    language = source.place / LANGUAGE_FILE
-    gguf = LlamaGguf(language)
+    modules, gguf = _MODULES["loupe"], open_gguf(source.place / LANGUAGE_FILE)
     tower = tower_weights(source.place / TOWER_FILE)
-    projector = {} if adapter is None else _under(adapter.saved, modules.connector)
+    projector: dict[str, Array] = {}
     if adapter is not None:
+        saved, at = adapter.saved, modules.connector
+        projector = {name.removeprefix(at): values for name, values in saved.items() if name.startswith(at)}
         adapter.require(_changeable(gguf.shape, modules, tower, projector))
         tower = _adapted(tower, adapter, modules.tower)
     build = partial(loupe_vision, tower, projector, heads=TOWER["num_attention_heads"])
     tokenizer = gguf.tokenizer()
-    prompts = LoupePrompts(gguf.tokenizer())
+    prompts = LoupePrompts(tokenizer)
     prompt = Prompt(image_token=prompts.image_token, labels=prompts.label_tokens, ends=(prompts.end,))
-    shape, weights = open_decoder(language)
-    return Opened(shape, weights, tokenizer, prompt, _writer(build, source.place))
+    return Opened(gguf.shape, gguf, tokenizer, prompt, _writer(build, source.place))
 
 
-def _plain(source: Source, adapter: Adapter | None) -> Opened:
-    """Open a GGUF file, or a checkpoint folder with what it has beside the decoder."""
+def _gguf(source: Source) -> Opened:
+    gguf = open_gguf(source.place)
+    if gguf.end is None:
+        raise BadInput("the file names no token that ends an answer", where=source.place)
+    tokenizer = gguf.tokenizer()
+    prompt = Prompt(labels=label_ids(tokenizer), ends=(gguf.end,), template=gguf.chat_template)
+    return Opened(gguf.shape, gguf, tokenizer, prompt)
+
+
+def _folder(source: Source, adapter: Adapter | None) -> Opened:
     shape, weights = open_decoder(source.place)
-    modules = _MODULES[source.family]
-    vision: MakeVision | None = None
-    if source.place.is_dir():
-        config = read_record(source.place / "config.json")
-        tokenizer = read_tokenizer(source.place)
-        prompt = read_prompt(source.place, config, tokenizer)
-        if source.family in ("llava", "smolvlm"):
-            return _with_tower(source, adapter, config, Opened(shape, weights, tokenizer, prompt))
-        if source.family == "fastvlm":
-            vision = partial(fastvlm_vision, source.place, source.adapter)
-    else:
-        tokenizer, prompt = _of_gguf(source.place)
-    if adapter is not None and source.family == "text":
-        adapter.require(_changeable(shape, modules, {}, {}))
-    return Opened(shape, weights, tokenizer, prompt, vision)
+    config = read_record(source.place / "config.json")
+    tokenizer = read_tokenizer(source.place)
+    opened = Opened(shape, weights, tokenizer, read_prompt(source.place, config, tokenizer))
+    if source.family == "fastvlm":
+        return replace(opened, vision=partial(fastvlm_vision, source.place, source.adapter))
+    if source.family == "text":
+        return opened
+    return replace(opened, vision=_tower(source, adapter, config, shape))
 
 
-def _with_tower(source: Source, adapter: Adapter | None, config: Mapping[str, Any], opened: Opened) -> Opened:
+def _tower(source: Source, adapter: Adapter | None, config: Mapping[str, Any], shape: DecoderShape) -> MakeVision:
     modules, tensors = _MODULES[source.family], open_checkpoint(source.place)
     tower = _found(tensors, modules.tower_weight, modules.tower_weight, source.place)
     inside = modules.connector_weight.partition(".")[2]
     connector = _found(tensors, modules.connector_weight, inside, source.place)
     if adapter is not None:
-        adapter.require(_changeable(opened.shape, modules, tower, connector))
+        adapter.require(_changeable(shape, modules, tower, connector))
         tower, connector = _adapted(tower, adapter, modules.tower), _adapted(connector, adapter, modules.connector)
     how = read_preprocess(source.place, int(config["vision_config"]["image_size"]))
     make = llava_vision if source.family == "llava" else smolvlm_vision
-    build = partial(make, config, tower, connector, how=how)
-    return Opened(opened.shape, opened.weights, opened.tokenizer, opened.prompt, _writer(build, source.place))
-
-
-def _of_gguf(file: Path) -> tuple[Tokenizer, Prompt]:
-    gguf = LlamaGguf(file)
-    tokenizer = gguf.tokenizer()
-    if gguf.end is None:
-        raise BadInput("the file names no token that ends an answer", where=file)
-    return tokenizer, Prompt(labels=label_ids(tokenizer), ends=(gguf.end,), template=gguf.chat_template)
+    return _writer(partial(make, config, tower, connector, how=how), source.place)
 
 
 def _writer(build: Callable[..., tuple[Graph, Vision]], where: Path) -> MakeVision:
@@ -154,7 +145,7 @@ def _writer(build: Callable[..., tuple[Graph, Vision]], where: Path) -> MakeVisi
         try:
             graph, vision = build(precision=precision)
         except KeyError as error:
-            raise BadInput(f"the vision tower lacks {error}", where=where) from None
+            raise BadInput(f"the vision graph lacks the weight or figure {error}", where=where) from None
         graph.save(file)
         return vision
 
@@ -187,7 +178,3 @@ def _adapted(weights: Mapping[str, Array], adapter: Adapter, prefix: str) -> dic
         name: adapter.saved.get(prefix + name, adapter.merged(prefix + name.removesuffix(".weight"), values))
         for name, values in weights.items()
     }
-
-
-def _under(saved: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix): values for name, values in saved.items() if name.startswith(prefix)}

@@ -41,7 +41,8 @@ def fastvlm_vision(folder: Path, adapter: Path | None, precision: Precision, fil
             self.model = model
 
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+            found: torch.Tensor = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+            return found
 
     side = int(load_processor(folder).image_processor.crop_size["height"])
     pixels = torch.zeros(1, 3, side, side)

@@ -35,8 +35,7 @@ def open_decoder(source: Path) -> tuple[DecoderShape, DecoderWeights]:
             another shape than the configuration says; the message names file and weight.
     """
     if source.suffix == ".gguf":
-        gguf = LlamaGguf(source)
-        _check(gguf.shape, gguf.shapes, dict.fromkeys(gguf.shapes, source), source)
+        gguf = open_gguf(source)
         return gguf.shape, gguf
     shape = config_shape(source)
     tensors = open_checkpoint(source)
@@ -61,6 +60,13 @@ def config_shape(source: Path) -> DecoderShape:
     if not (source / CONFIG).is_file():
         raise BadInput("no checkpoint here", where=source, fix=f"pass a folder with {CONFIG}, or a .gguf file")
     return read_shape(read_record(source / CONFIG), where=source / CONFIG)
+
+
+def open_gguf(file: Path) -> LlamaGguf:
+    """Return the decoder of a GGUF file; see :func:`open_decoder`."""
+    gguf = LlamaGguf(file)
+    _check(gguf.shape, gguf.shapes, dict.fromkeys(gguf.shapes, file), file)
+    return gguf
 
 
 def weight_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:

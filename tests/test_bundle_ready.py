@@ -1,0 +1,124 @@
+"""A model's bundle is exported once into the model cache, and found there ever after."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft", reason="the cloud extra is not installed")
+pytest.importorskip("onnx", reason="the export extra is not installed")
+
+import typer
+from typer.testing import CliRunner
+
+from saec.cli.vlm_export import export_decoder
+from saec.config import MllmSettings
+from saec.errors import BadInput
+from saec.vlm.contract.bundle import DECODER, read_bundle
+from saec.vlm.export import bundle as exporter
+from saec.vlm.export.bundle import export_bundle
+from saec.vlm.export.ready import ready_bundle
+from tiny_vlms import save_tiny, save_tiny_adapter
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    save_tiny("smolvlm", root / "smolvlm")
+    save_tiny_adapter(root / "smolvlm", root / "adapter")
+    return root
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """An empty model cache, and what is exported into it from now on."""
+    monkeypatch.setenv("SAEC_MODELS", str(tmp_path / "cache"))
+    made: list[str] = []
+    real = export_bundle
+    monkeypatch.setattr(
+        exporter, "export_bundle", lambda model, out, **how: made.append(out.name) or real(model, out, **how)
+    )
+    return made
+
+
+def settings(tiny: Path, **more: object) -> MllmSettings:
+    return MllmSettings(model=str(tiny / "smolvlm"), **more)
+
+
+def test_a_model_is_exported_at_its_first_use_only(tiny: Path, exports: list[str], tmp_path: Path):
+    folder = ready_bundle(settings(tiny))
+    assert ready_bundle(settings(tiny)) == folder and exports == [folder.name]
+    bundle = read_bundle(folder)
+    assert folder == tmp_path / "cache" / "exported" / f"smolvlm-{bundle.fingerprint[:12]}-int8"
+
+
+def test_precision_and_adapter_make_bundles_of_their_own(tiny: Path, exports: list[str]):
+    ways = [settings(tiny), settings(tiny, precision="int4"), settings(tiny, adapter=tiny / "adapter")]
+    folders = {ready_bundle(way) for way in ways}
+    assert len(folders) == len(exports) == 3
+    assert "adapter:" in read_bundle(ready_bundle(ways[2])).model_id
+
+
+def test_a_bundle_with_a_file_missing_is_made_again(tiny: Path, exports: list[str]):
+    folder = ready_bundle(settings(tiny))
+    (folder / DECODER).unlink()
+    assert ready_bundle(settings(tiny)) == folder and len(exports) == 2
+    read_bundle(folder)
+
+
+def test_who_finds_the_bundle_needs_no_exporter(tiny: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "saec.vlm.export.bundle", None)  # as if onnx were not installed
+    with pytest.raises(BadInput, match=r"saec\[export\]"):
+        ready_bundle(settings(tiny))
+    monkeypatch.undo()
+    monkeypatch.setenv("SAEC_MODELS", str(tiny / "cache"))
+    folder = ready_bundle(settings(tiny))
+    monkeypatch.setitem(sys.modules, "saec.vlm.export.bundle", None)
+    assert ready_bundle(settings(tiny)) == folder
+
+
+def test_the_folder_of_a_bundle_is_taken_as_it_is(tiny: Path, exports: list[str], tmp_path: Path):
+    mine = tmp_path / "mine"
+    export_bundle(str(tiny / "smolvlm"), mine)
+    assert ready_bundle(MllmSettings(model=str(mine))) == mine and not exports
+    with pytest.raises(BadInput, match="adapter inside"):
+        ready_bundle(MllmSettings(model=str(mine), adapter=tiny / "adapter"))
+
+
+def test_a_model_that_is_not_here_is_refused_in_one_line(exports: list[str], tmp_path: Path):
+    with pytest.raises(BadInput, match="saec models pull loupe"):
+        ready_bundle(MllmSettings())
+    with pytest.raises(BadInput, match="unknown model"):
+        ready_bundle(MllmSettings(model=str(tmp_path / "nothing")))
+    assert not exports
+
+
+# -- on the command line
+
+
+def export(*arguments: object) -> str:
+    app = typer.Typer()
+    app.command()(export_decoder)
+    found = CliRunner().invoke(app, [*map(str, arguments)])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def test_the_command_writes_what_it_is_told_to(tiny: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    said = export(tiny / "smolvlm", "--out", out, "--ar", 1, "--context", 128, "--kv-style", "genie", "--json")
+    record = json.loads(said)
+    assert record["folder"] == str(out) and record["signature"] == read_bundle(out).signature.model_dump(mode="json")
+    assert (record["signature"]["n"], record["signature"]["cache"], record["signature"]["style"]) == (1, 127, "genie")
+    parts = export(tiny / "smolvlm", "--out", tmp_path / "some", "--parts", "vision, embed")
+    assert "smolvlm@int8+p2" in parts and not (tmp_path / "some" / DECODER).exists()
+
+
+def test_the_command_refuses_a_part_that_there_is_not(tiny: Path, tmp_path: Path):
+    with pytest.raises(BadInput, match="no such part: head"):
+        export(tiny / "smolvlm", "--out", tmp_path / "out", "--parts", "decoder,head")
