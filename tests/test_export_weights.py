@@ -50,6 +50,18 @@ def shape_of(model: Any) -> Any:
     return read_shape(model.config.to_dict(), where="config.json")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_a_configuration_leaves_out_is_its_classs_default(family: str):
+    """LLaVA-1.5's text_config names neither sizes nor heads."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    from saec.vlm.contract.shape import read_shape
+
+    whole = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]().to_dict()
+    sparse = {"text_config": {"model_type": family, "num_key_value_heads": whole["num_key_value_heads"]}}
+    assert read_shape(sparse, where="") == read_shape(whole, where="")
+
+
 @pytest.mark.parametrize("kind", ["llama, biases, wide heads, untied", "qwen2, grouped queries, tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])

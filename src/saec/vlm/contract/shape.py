@@ -13,6 +13,18 @@ DecoderFamily = Literal["llama", "qwen2"]
 
 _FAMILIES: Mapping[str, DecoderFamily] = {"llama": "llama", "qwen2": "qwen2"}
 
+_EVERY = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+}
+_DEFAULTS: Mapping[DecoderFamily, Mapping[str, Any]] = {
+    "llama": {**_EVERY, "vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+    "qwen2": {**_EVERY, "vocab_size": 151_936, "intermediate_size": 22_016, "max_position_embeddings": 32_768},
+}
+"""What ``LlamaConfig`` and ``Qwen2Config`` take for keys that are left out, as those of LLaVA-1.5 are."""
+
 
 class DecoderShape(BaseModel):
     """A decoder of RMSNorm, grouped-query attention with rotary positions, and SwiGLU.
@@ -53,6 +65,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
         known = ", ".join(sorted(_FAMILIES))
         raise BadInput(f"unknown architecture {kind}", where=where, fix=f"decoders of {known} can be exported")
     _refuse_unknown(text, where)
+    text = {**_DEFAULTS[family], **text}
     rope = text.get("rope_parameters") or {}
     bias = bool(text.get("attention_bias", False))
     try:
@@ -69,13 +82,11 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
             head_dim=text.get("head_dim") or hidden // heads,
             max_positions=text["max_position_embeddings"],
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 10_000.0,
-            rms_eps=text.get("rms_norm_eps", 1e-6),
+            rms_eps=text["rms_norm_eps"],
             qkv_bias=family == "qwen2" or bias,
             o_bias=family == "llama" and bias,
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
         )
-    except KeyError as error:
-        raise BadInput(f"the configuration lacks {error}", where=where) from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         problem = " ".join(str(error).split())[:200]
         raise BadInput(f"the configuration cannot be used ({problem})", where=where) from None
