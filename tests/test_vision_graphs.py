@@ -25,7 +25,11 @@ from saec.vlm.export.vision_dinov2 import loupe_vision
 from saec.vlm.export.vision_layers import Weights, resized_positions
 from tiny_loupe import tiny_loupe
 
-HOW = Preprocess(side=56, place="corner", fill=(0, 0, 0), mean=(0, 0, 0), std=(1, 1, 1))
+
+def how(side: int) -> Preprocess:
+    return Preprocess(side=side, place="corner", fill=(0, 0, 0), mean=(0, 0, 0), std=(1, 1, 1))
+
+
 RNG = np.random.default_rng(0)
 PIXELS = RNG.standard_normal((1, 3, 56, 56)).astype(np.float32)
 MAP = np.exp(RNG.normal(-0.35, 0.3, (1, 4, 4))).astype(np.float32)
@@ -137,7 +141,7 @@ def test_llava_s_graph_sees_what_the_torch_model_sees(tmp_path: Path, model: str
     made = MODELS[model]()
     with torch.inference_mode():
         wanted = made.model.get_image_features(pixel_values=torch.from_numpy(PIXELS)).pooler_output[0].numpy()
-    graph, vision = llava_vision(*towers(made), "float32", HOW)
+    graph, vision = llava_vision(*towers(made), "float32", how)
     found = run(graph, tmp_path / "vision.onnx", pixel_values=PIXELS)[0]
     assert found.shape == wanted.shape == (vision.tokens, 64)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
@@ -149,10 +153,19 @@ def test_smolvlm_s_graph_sees_what_the_torch_model_sees(tmp_path: Path):
         made = shaken(tiny_vlms._smolvlm()[0])
     with torch.inference_mode():
         wanted = made.model.get_image_features(pixel_values=torch.from_numpy(PIXELS[None])).pooler_output[0].numpy()
-    graph, vision = smolvlm_vision(*towers(made), "float32", HOW)
+    graph, vision = smolvlm_vision(*towers(made), "float32", how)
     found = run(graph, tmp_path / "vision.onnx", pixel_values=PIXELS)[0]
     assert found.shape == wanted.shape == (vision.tokens, 64) and vision.tokens == 4
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("silent", ["num_hidden_layers", "image_size", "patch_size", "hidden_size"])
+def test_sizes_that_the_configuration_does_not_state_are_those_of_the_weights(tmp_path: Path, silent: str):
+    config, tower, connector = towers(llava())
+    del config["vision_config"][silent]
+    graph, vision = llava_vision(config, tower, connector, "float32", how)
+    assert run(graph, tmp_path / "vision.onnx", pixel_values=PIXELS).shape == (1, vision.tokens, 64)
+    assert vision.preprocess.side == 56
 
 
 @pytest.mark.parametrize(
@@ -166,4 +179,4 @@ def test_smolvlm_s_graph_sees_what_the_torch_model_sees(tmp_path: Path):
 def test_what_a_graph_would_get_wrong_is_refused_by_name(change: dict[str, Any], named: str):
     config, tower, connector = towers(llava())
     with pytest.raises(BadInput, match=named):
-        llava_vision({**config, **change}, tower, connector, "float32", HOW)
+        llava_vision({**config, **change}, tower, connector, "float32", how)

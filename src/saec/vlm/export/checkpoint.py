@@ -135,9 +135,8 @@ def _tower(source: Source, adapter: Adapter | None, config: Mapping[str, Any], s
     if adapter is not None:
         adapter.require(_changeable(shape, modules, tower, connector))
         tower, connector = _adapted(tower, adapter, modules.tower), _adapted(connector, adapter, modules.connector)
-    how = read_preprocess(source.place, int(config["vision_config"]["image_size"]))
     make = llava_vision if source.family == "llava" else smolvlm_vision
-    return _writer(partial(make, config, tower, connector, how=how), source.place)
+    return _writer(partial(make, config, tower, connector, how=partial(read_preprocess, source.place)), source.place)
 
 
 def _writer(build: Callable[..., tuple[Graph, Vision]], where: Path) -> MakeVision:
