@@ -20,6 +20,7 @@ from saec.cloud.onnx_vlm import OnnxVlmBackend
 from saec.config import Settings
 from saec.errors import BadInput
 from saec.types import Box, CloudError, Opinion, Query, Reason
+from saec.vlm.edge.graphs import Graphs
 from saec.vlm.edge.vlm import OnnxVlm
 from saec.vlm.looks import decisions, five_crops, mirrored
 from saec.vlm.prompt import Ask, build_question
@@ -111,8 +112,8 @@ def test_a_defect_is_asked_for_evidence_in_pixels_of_the_original(folder, monkey
 
 def test_evidence_is_asked_about_the_part_that_was_seen_and_computed_once(folder, monkeypatch):
     looked = []
-    real = OnnxVlm._see
-    monkeypatch.setattr(OnnxVlm, "_see", lambda self, feeds: looked.append(1) or real(self, feeds))
+    real = Graphs.see
+    monkeypatch.setattr(Graphs, "see", lambda self, feeds: looked.append(1) or real(self, feeds))
     with backend_of(folder, tau=0.0, evidence_tokens=16, mirrors=2) as backend:
         looked.clear()
         (found,) = backend.judge([part(0)])

@@ -1,12 +1,10 @@
-"""An exported VLM's answers: decisions, evidence, streamed text, and saved beginnings. Tiny random bundles."""
+"""An exported VLM's answers: decisions, evidence, and streamed text. Tiny random bundles."""
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,11 @@ import pytest
 
 pytest.importorskip("onnx")
 
-from saec.config import PromptSettings
+from saec.config import MllmSettings, PromptSettings
 from saec.errors import BadInput
 from saec.types import Query
-from saec.vlm.contract.bundle import read_bundle
 from saec.vlm.edge import vlm as vlm_module
 from saec.vlm.edge.generate import Sampling, pieces
-from saec.vlm.edge.store import load_start, save_start
 from saec.vlm.edge.vlm import Answer, OnnxVlm
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
 from tiny_bundle import SPECIALS, save_bundle, tiny_tokenizer
@@ -44,8 +40,8 @@ def picture(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (24, 32, 3), np.uint8)
 
 
-def asked(ask: Ask = Ask.LABEL, *, seed: int = 0) -> Question:
-    query = Query("p", "cell", picture(seed), (32, 24), references=(picture(9),))
+def asked(ask: Ask = Ask.LABEL, *, seed: int = 0, reference: int = 9) -> Question:
+    query = Query("p", "cell", picture(seed), (32, 24), references=(picture(reference),))
     return build_question(query, ask, SMALL)
 
 
@@ -59,8 +55,8 @@ def text_of(answer: Answer) -> str:
 def test_a_decision_is_the_softmax_over_the_two_labels_and_says_their_mass(vlm):
     question = asked()
     decision, seen = vlm.decide(question)
-    fresh = vlm._decoder.open()
-    logits = vlm._feed(fresh, list(seen.ids), lambda: vlm._prompts.pictures(question)).astype(np.float64)
+    fresh = vlm._graphs.open()
+    logits = vlm._graphs.feed(fresh, list(seen.ids), lambda: vlm._prompts.pictures(question)).astype(np.float64)
     p = np.exp(logits - logits.max())
     p /= p.sum()
     good, defect = (p[label] for label in vlm.bundle.prompt.labels)
@@ -76,7 +72,7 @@ def test_evidence_after_a_decision_is_the_same_and_needs_no_second_look(vlm, mon
     question = asked()
     alone = vlm.evidence(question, max_tokens=24)
     _, seen = vlm.decide(question)
-    monkeypatch.setattr(vlm, "_see", lambda feeds: pytest.fail("looked again"))
+    monkeypatch.setattr(vlm._graphs, "see", lambda feeds: pytest.fail("looked again"))
     assert vlm.evidence(ask_evidence(question), seen, max_tokens=24) == alone
     assert vlm.evidence(question, seen, max_tokens=24) == alone  # and seen is as it was
 
@@ -97,6 +93,39 @@ def test_evidence_stops_at_its_deadline_and_at_the_contexts_end(folder, vlm, tmp
     small = OnnxVlm.load(save_bundle(tmp_path / "small", cache=length + 9), threads=1)
     whole = vlm.evidence(asked(), max_tokens=10)
     assert small.evidence(asked(), max_tokens=100) == whole
+
+
+# -- what prompts begin with in common
+
+
+def test_the_beginning_of_a_products_prompts_is_computed_once_and_changes_nothing(folder, monkeypatch):
+    plain, keeping = (OnnxVlm.load(folder, threads=1, prefixes=kept) for kept in (0, 2))
+    looked: list[int] = []
+    real = keeping._graphs.see
+    monkeypatch.setattr(keeping._graphs, "see", lambda feeds: looked.append(1) or real(feeds))
+    for seed, looks in ((0, 2), (5, 1), (6, 1)):  # the reference and the part; then parts alone
+        looked.clear()
+        decision, _ = keeping.decide(asked(seed=seed))
+        wanted, _ = plain.decide(asked(seed=seed))
+        assert decision.p_defect == pytest.approx(wanted.p_defect, abs=1e-5)
+        assert decision.mass == pytest.approx(wanted.mass, rel=1e-4)
+        assert len(looked) == looks
+    text = keeping.evidence(asked(seed=6), max_tokens=16)
+    assert text == plain.evidence(asked(seed=6), max_tokens=16)
+
+
+def test_another_reference_is_another_beginning_and_only_the_latest_are_kept(folder):
+    plain, keeping = (OnnxVlm.load(folder, threads=1, prefixes=kept) for kept in (0, 2))
+    for reference in (9, 8, 7, 9):
+        question = asked(reference=reference)
+        assert keeping.decide(question)[0].p_defect == pytest.approx(plain.decide(question)[0].p_defect, abs=1e-5)
+        assert len(keeping._beginnings) <= 2
+
+
+def test_images_are_shown_at_the_size_that_the_model_sees_unless_somebody_says_otherwise(vlm):
+    assert vlm.at_its_size(MllmSettings()).max_side == 8
+    assert vlm.at_its_size(MllmSettings()).side_multiple == 1
+    assert vlm.at_its_size(MllmSettings(max_side=100)).max_side == 100
 
 
 # -- free questions
@@ -175,92 +204,6 @@ def test_a_prompt_and_its_answer_must_fit_together(vlm):
     assert answer.prompt_tokens <= 30
 
 
-# -- saved beginnings
-
-
-@pytest.fixture(scope="module")
-def saved(vlm, tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("saved") / "part.safetensors"
-    save_start(file, vlm.begin(picture(), system="Be brief."), vlm.bundle, picture())
-    return file
-
-
-def test_a_cached_answer_is_the_uncached_one_token_for_token(vlm, saved, monkeypatch):
-    plain = [text_of(vlm.stream(picture(), text, system="Be brief.", max_tokens=40)) for text in PROMPTS]
-    start = load_start(saved, vlm.bundle)
-    monkeypatch.setattr(vlm, "_see", lambda feeds: pytest.fail("looked again"))
-    answers = [vlm.stream(None, text, start=start, max_tokens=40) for text in PROMPTS]
-    assert all(answer.reused >= len(start.ids) - 1 for answer in answers)
-    assert list(map(text_of, answers)) == plain
-    assert plain[0] != plain[1]
-
-
-def test_two_interleaved_questions_do_not_meet_and_the_saved_state_stays(vlm, saved):
-    def digest() -> str:
-        return hashlib.sha256(saved.read_bytes() + start.prefix.keys.tobytes()).hexdigest()
-
-    start = load_start(saved, vlm.bundle)
-    before = digest()
-    alone = [text_of(vlm.stream(None, text, start=start, max_tokens=30)) for text in PROMPTS]
-    both = [iter(vlm.stream(None, text, start=start, max_tokens=30)) for text in PROMPTS]
-    said = ["", ""]
-    for _ in range(60):
-        for number, answer in enumerate(both):
-            said[number] += next(answer, "")
-    assert said == alone
-    assert digest() == before
-
-
-@pytest.mark.parametrize("change", ["seed", "cache", "precision"])
-def test_a_beginning_of_another_model_or_context_is_refused(saved, tmp_path, change):
-    how = {"seed": {"seed": 1}, "cache": {"cache": 511}, "precision": {"precision": "float16", "dtype": "float16"}}
-    other = save_bundle(tmp_path / "other", **{"cache": 1023, **how[change]})
-    with pytest.raises(BadInput, match=r"saved with another (model|context|dtype)"):
-        load_start(saved, read_bundle(other))
-
-
-def test_a_beginning_of_another_tokenizer_is_refused(vlm, saved):
-    file = vlm.bundle.files["tokenizer.json"].model_copy(update={"sha256": "0" * 64})
-    changed = vlm.bundle.model_copy(update={"files": {**vlm.bundle.files, "tokenizer.json": file}})
-    with pytest.raises(BadInput, match="another tokenizer"):
-        load_start(saved, changed)
-
-
-@pytest.mark.parametrize("damage", ["cut", "states", "ids", "other", "missing"])
-def test_a_damaged_file_is_refused_in_one_line(vlm, saved, tmp_path, damage):
-    data, file = bytearray(saved.read_bytes()), tmp_path / "damaged.safetensors"
-    if damage == "cut":
-        data = data[:-100]
-    elif damage == "states":
-        data[-50] ^= 1
-    elif damage == "ids":
-        place = data.index(b'ids\\":[') + 8
-        data[place : place + 1] = b"9" if data[place : place + 1] != b"9" else b"8"
-    elif damage == "other":
-        data = bytearray(b"not safetensors")
-    if damage != "missing":
-        file.write_bytes(bytes(data))
-    with pytest.raises(BadInput, match=r"damaged|not a saved beginning|cannot be read") as caught:
-        load_start(file, vlm.bundle)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_key_names_the_image_and_the_prefix(vlm, tmp_path):
-    def key(seed: int, system: str) -> str:
-        start = vlm.begin(picture(seed), system=system)
-        return save_start(tmp_path / "x", start, vlm.bundle, picture(seed))
-
-    keys = [key(0, "a"), key(1, "a"), key(0, "b"), key(0, "a")]
-    assert keys[0] == keys[3]
-    assert len(set(keys)) == 3
-
-
-def test_a_start_that_is_not_of_this_prompt_is_refused(vlm):
-    start = vlm.begin(picture(), system="Be brief.")
-    with pytest.raises(BadInput, match="not that of this prompt"):
-        vlm.stream(None, "Why?", start=replace(start, system="Be long."))
-
-
 # -- no torch
 
 
@@ -278,7 +221,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 
 import numpy as np
-from saec.config import PromptSettings
+from saec.config import MllmSettings, PromptSettings
 from saec.types import Query
 from saec.vlm.edge.store import load_start, save_start
 from saec.vlm.edge.vlm import OnnxVlm

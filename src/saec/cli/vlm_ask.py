@@ -199,4 +199,4 @@ def _table(vlm: OnnxVlm, answer: Answer, timing_ms: Mapping[str, float]) -> Tabl
     rows: list[Mapping[str, Cell]] = [
         {"stage": stage.replace("_", " "), "ms": timing_ms.get(stage), "": notes.get(stage, "")} for stage in order
     ]
-    return Table(vlm.model_id, ("stage", "ms", ""), rows)
+    return Table(vlm.model_id, ("stage", "ms", ""), rows, ["the first question of a process: later ones are faster"])

@@ -76,6 +76,14 @@ class ChatPrompts:
             raise BadInput("this model sees no images", where=self._bundle.name)
         return [{"pixel_values": pixel_values(image, vision.preprocess)} for image in images if vision is not None]
 
+    def shared(self, question: Question, ids: Sequence[int]) -> int:
+        """Return how many ids come before the first image that is the part's own."""
+        vision, image = self._bundle.vision, self._bundle.prompt.image_token
+        references = sum(not isinstance(item, str) for item in question.content[: question.shared])
+        places = [at for at, token in enumerate(ids) if token == image]
+        before = references * (1 if vision is None else vision.tokens)
+        return places[before] if len(places) > before else 0
+
     def _ids(self, system: str, content: Sequence[str | None], prefill: str) -> list[int]:
         texts: list[str] = []
 
