@@ -202,7 +202,17 @@ CONTRAST = """selectors => {
   return found;
 }"""
 TEXTS = [
-    *("h1", ".lead", "nav a", ".cards .name", ".cards strong", ".cards .detail", ".attention h2", ".attention li"),
+    *(
+        "h1",
+        ".lead",
+        ".source",
+        "nav a",
+        ".cards .name",
+        ".cards strong",
+        ".cards .detail",
+        ".attention h2",
+        ".attention li",
+    ),
     *("thead th", "td.n", "td small", "td.best", ".note", "[data-filter]", ".tag", ".p", ".said", ".reason", ".id"),
     *(".missing", ".legend li", "svg .num", "svg .mark", "svg .label", ".rows dt", ".rows dd", ".terms dd", "footer"),
 ]

@@ -152,7 +152,7 @@ def open_explainer(settings: Settings) -> Iterator[Explainer | None]:
         from saec.vlm.edge.explain import OnnxExplainer
     except ModuleNotFoundError as error:
         raise BadInput(f"explaining needs {error.name}", fix="pip install 'saec[vlm]'") from None
-    explainer = OnnxExplainer.load(settings)
+    explainer = OnnxExplainer(settings)
     try:
         yield explainer
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import typer
@@ -134,7 +135,8 @@ def _explanations(verdicts: Sequence[Verdict], left: int) -> list[str]:
     in_vain = [v for v in asked if v.explanation is not Explanation.GIVEN]
     models = ", ".join(sorted({v.models["explain"] for v in asked})) or "a model on the edge"
     later = f"; {left} still open, the same command goes on" if left else ""
-    line = f"{len(asked) - len(in_vain)} of {len(asked) + left} rejects put into words by {models}{later}."
+    each = f", {median(v.timings_ms['explain'] for v in asked) / 1000:.1f} s each" if asked else ""
+    line = f"{len(asked) - len(in_vain)} of {len(asked) + left} rejects put into words by {models}{each}{later}."
     return [line, *_few([v.error or "" for v in in_vain])]
 
 

@@ -21,7 +21,7 @@ from saec.evaluate.report_words import (
     percent,
     size,
 )
-from saec.types import Box, Label, Verdict, Where
+from saec.types import Box, Explanation, Label, Verdict, Where
 
 GALLERY_LIMIT = 120
 
@@ -39,7 +39,8 @@ class Card:
 class Item:
     """One part of the gallery. ``image`` and ``heat`` are data URIs or ``None``; ``missing`` says why there is no
     image; ``boxes`` are in pixels of an image of ``width × height``; ``fill`` is the
-    suspicion in percent, 50 being the threshold."""
+    suspicion in percent, 50 being the threshold; ``source`` says whose the
+    words and the boxes are."""
 
     part_id: str
     product: str
@@ -53,6 +54,7 @@ class Item:
     reason: str
     explained: str
     evidence: tuple[str, ...]
+    source: str
     image: str | None
     heat: str | None
     missing: str
@@ -276,6 +278,7 @@ def _item(run: RunFolder, v: Verdict, suspicion: float | None) -> Item:
         reason=short if v.label is Label.UNREADABLE else f"{short} · {WHERE[v.where]}",
         explained=f"{long}{wanted}",
         evidence=tuple(_evidence(v)),
+        source=_source(v),
         image=image,
         heat=overlay(heat) if heat is not None else None,
         missing=missing,
@@ -300,13 +303,20 @@ def _picture(run: RunFolder, v: Verdict) -> tuple[str | None, str, int, int]:
     return thumbnail(image), "", image.shape[1], image.shape[0]
 
 
+def _source(v: Verdict) -> str:
+    evidence = v.evidence
+    if v.explanation is Explanation.GIVEN:
+        model = v.models["explain"]
+        marked = evidence.source.removesuffix(model).rstrip("+")
+        return f"Words by {model}" + (f", boxes by {marked}" if marked and evidence.boxes else "")
+    return f"Evidence by {evidence.source}" if evidence.boxes or evidence.kind or evidence.text else ""
+
+
 def _evidence(v: Verdict) -> Iterable[str]:
     if v.evidence.kind:
         yield f"Kind: {v.evidence.kind}"
     if v.evidence.text:
         yield v.evidence.text
-    if v.evidence.source and (v.evidence.boxes or v.evidence.kind or v.evidence.text):
-        yield f"Evidence from {v.evidence.source}"
     if v.edge_p_defect is not None and v.cloud_p_defect is not None:
         yield f"Edge said {number(v.edge_p_defect, digits=3)}, cloud said {number(v.cloud_p_defect, digits=3)}"
     if v.error:

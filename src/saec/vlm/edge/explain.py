@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
-from typing import Self
+from concurrent.futures import ThreadPoolExecutor
 
-from saec.config import MllmSettings, PromptSettings, Settings
+from saec.config import MllmSettings, Settings
 from saec.errors import BadInput
 from saec.types import Evidence, Query
 from saec.vlm.answers import read_evidence
@@ -14,24 +17,28 @@ from saec.vlm.export.ready import ready_bundle
 from saec.vlm.prompt import Ask, build_question
 from saec.vlm.trained import as_trained
 
+_NICE = 10
+"""A tenth of a busy processor, as Linux shares it out: the line's verdicts keep their pace, a sentence its budget."""
+
 
 class OnnxExplainer:
-    """Explains with ONNX Runtime; see :class:`saec.types.Explainer`."""
+    """Explains with ONNX Runtime, in a thread that gives way to the line; see :class:`saec.types.Explainer`."""
 
-    def __init__(self, vlm: OnnxVlm, prompt: PromptSettings, *, max_tokens: int) -> None:
-        self._vlm, self._prompt, self._max_tokens = vlm, prompt, max_tokens
-        self.model_id = vlm.model_id
-
-    @classmethod
-    def load(cls, settings: Settings) -> Self:
+    def __init__(self, settings: Settings) -> None:
         """Load the model of ``settings.explain`` in the precision and on the threads of ``settings.mllm``.
 
         Raises:
             BadInput: it names no model, or one that is not pulled or cannot be exported.
         """
-        wanted = as_trained(_of_explain(settings))
-        vlm = OnnxVlm.load(ready_bundle(wanted), threads=wanted.threads)
-        return cls(vlm, wanted, max_tokens=settings.explain.max_tokens)
+        self._prompt = as_trained(_of_explain(settings))
+        self._max_tokens = settings.explain.max_tokens
+        self._thread = ThreadPoolExecutor(1, "saec-explainer", initializer=_give_way)
+        try:
+            self._vlm = self._thread.submit(self._load).result()  # its threads are as modest as the one that makes them
+        except BaseException:
+            self.close()
+            raise
+        self.model_id = self._vlm.model_id
 
     def explain(self, query: Query, *, deadline: float) -> Evidence | None:
         """Return kind and text, or ``None`` at the deadline.
@@ -39,14 +46,27 @@ class OnnxExplainer:
         Raises:
             UnusableAnswer: the model answered, but not in the asked form.
         """
+        return self._thread.submit(self._explain, query, deadline).result()
+
+    def close(self) -> None:
+        """Stop the thread once the sentence at hand is done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self) -> OnnxVlm:
+        return OnnxVlm.load(ready_bundle(self._prompt), threads=self._prompt.threads)
+
+    def _explain(self, query: Query, deadline: float) -> Evidence | None:
         question = build_question(query, Ask.EVIDENCE, self._prompt)
         text = self._vlm.evidence(question, max_tokens=self._max_tokens, deadline=deadline)
         if time.monotonic() > deadline:
             return None  # the answer was cut off
         return read_evidence(text, question.seen, query, source=self.model_id)
 
-    def close(self) -> None:
-        """Nothing to let go of but memory."""
+
+def _give_way() -> None:
+    """Lower the priority of this thread, and of those that it will start: only Linux has priorities of threads."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _of_explain(settings: Settings) -> MllmSettings:
