@@ -16,8 +16,8 @@ from saec.config import MllmSettings, PromptSettings
 from saec.errors import BadInput
 from saec.types import Query
 from saec.vlm.edge import vlm as vlm_module
-from saec.vlm.edge.generate import Sampling, pieces
-from saec.vlm.edge.vlm import Answer, OnnxVlm
+from saec.vlm.edge.generate import Answer, Sampling, pieces
+from saec.vlm.edge.vlm import OnnxVlm
 from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
 from tiny_bundle import SPECIALS, save_bundle, tiny_tokenizer
 

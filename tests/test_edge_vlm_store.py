@@ -13,8 +13,9 @@ pytest.importorskip("onnx")
 
 from saec.errors import BadInput
 from saec.vlm.contract.bundle import read_bundle
+from saec.vlm.edge.generate import Answer
 from saec.vlm.edge.store import load_start, save_start
-from saec.vlm.edge.vlm import Answer, OnnxVlm
+from saec.vlm.edge.vlm import OnnxVlm
 from tiny_bundle import save_bundle
 
 PROMPTS = ("What is wrong?", "Is it good or bad, and why?")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from saec.config import Settings
     from saec.evaluate.table import Cell, Table
     from saec.types import Image
-    from saec.vlm.edge.vlm import Answer, OnnxVlm
+    from saec.vlm.edge.generate import Answer
+    from saec.vlm.edge.vlm import OnnxVlm
 
 Model = Annotated[
     str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -90,3 +90,37 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
             shown = text
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """An answer as it comes: iterate over it, once, for pieces of text.
+
+    ``timing_ms`` has ``prefill``, ``vision`` if an image was looked at, and with the first token ``first_token`` since
+    the question; at the end ``decode``, the time of all tokens but the first. ``reused`` of ``prompt_tokens`` were not
+    computed again.
+    """
+
+    prompt_tokens: int
+    reused: int
+    timing_ms: dict[str, float]
+    tokens: int = 0
+    _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def follow(self, tokenizer: Tokenizer, tokens: Iterator[int], *, since: float) -> None:
+        """Take the text from ``tokens`` as they come, and their times; the question was asked at ``since``."""
+        self._pieces = pieces(tokenizer, self._timed(tokens, since))
+
+    def _timed(self, tokens: Iterator[int], since: float) -> Iterator[int]:
+        first = since
+        for token in tokens:
+            now = time.monotonic()
+            self.tokens += 1
+            if self.tokens == 1:
+                first = now
+                self.timing_ms["first_token"] = (now - since) * 1e3
+            self.timing_ms["decode"] = (now - first) * 1e3
+            yield token

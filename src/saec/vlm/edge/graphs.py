@@ -51,7 +51,7 @@ class Graphs:
         """Feed what a conversation does not hold yet of a prompt ``ids``; return the logits [V] after it.
 
         Visual tokens take the places of image tokens; images that the conversation has seen are not looked at again.
-        ``timing_ms`` gets ``prefill``, and ``vision`` if an image was looked at.
+        To ``timing_ms`` are added ``prefill``, and ``vision`` if an image was looked at.
 
         Raises:
             BadInput: it does not fit into the context, or the model sees no images.
@@ -67,7 +67,7 @@ class Graphs:
             embeds[new] = seen
         logits = conversation.feed(embeds)
         if timing_ms is not None:
-            timing_ms["prefill"] = (time.monotonic() - looked) * 1e3
+            timing_ms["prefill"] = timing_ms.get("prefill", 0.0) + (time.monotonic() - looked) * 1e3
             timing_ms |= {} if seen is None else {"vision": (looked - begun) * 1e3}
         return logits
 

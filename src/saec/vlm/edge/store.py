@@ -7,6 +7,7 @@ tokens, the number format, and the context; a file with another key is refused, 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,22 @@ from saec.errors import BadInput
 from saec.types import Image
 from saec.vlm.contract.bundle import TOKENIZER, Bundle
 from saec.vlm.edge.kv import Prefix
-from saec.vlm.edge.vlm import Start
 
 _METADATA = "saec.start"
 _AGAIN = "make it again with saec vlm cache"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """The beginning of free questions about one picture: instructions and image, and their keys and values."""
+
+    ids: tuple[int, ...]
+    prefix: Prefix
+    system: str
+
+
 class _Record(BaseModel):
-    """What a file is of. ``image`` is the SHA-256 of the pixels and their shape, empty where there is none."""
+    """What a file is of. ``image`` is the SHA-256 of the pixels and their shape."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +56,7 @@ class _Record(BaseModel):
         return sha256_json(self.model_dump(exclude={"sha256", "system"}))
 
 
-def save_start(file: Path, start: Start, bundle: Bundle, image: Image | None) -> str:
+def save_start(file: Path, start: Start, bundle: Bundle, image: Image) -> str:
     """Write a beginning, whole or not at all, and return its key.
 
     Raises:
@@ -55,7 +64,7 @@ def save_start(file: Path, start: Start, bundle: Bundle, image: Image | None) ->
     """
     keys, values = start.prefix.keys, start.prefix.values
     record = _Record(
-        image="" if image is None else _sha256(image),
+        image=_sha256(image),
         ids=start.ids,
         system=start.system,
         sha256=_sha256(keys, values),
@@ -94,7 +103,7 @@ def load_start(file: Path, bundle: Bundle) -> Start:
         or not _fits(keys, values, record, bundle)
     ):
         raise BadInput("damaged: not what was saved", where=file, fix=_AGAIN)
-    return Start(record.ids, Prefix(keys, values), record.system, int(record.image != ""))
+    return Start(record.ids, Prefix(keys, values), record.system)
 
 
 def _of(bundle: Bundle) -> dict[str, object]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -23,12 +23,13 @@ from saec.errors import BadInput
 from saec.types import Image
 from saec.vlm.answers import Decision
 from saec.vlm.contract.bundle import TOKENIZER, Bundle, read_bundle
-from saec.vlm.edge.chat import Feeds, fit, refuse_controls
+from saec.vlm.edge.chat import fit, refuse_controls
 from saec.vlm.edge.family import prompts_of
-from saec.vlm.edge.generate import GREEDY, Sampling, generate, pieces
+from saec.vlm.edge.generate import GREEDY, Answer, Sampling, generate
 from saec.vlm.edge.graphs import Graphs
 from saec.vlm.edge.kv import Prefix
 from saec.vlm.edge.session import Conversation
+from saec.vlm.edge.store import Start
 from saec.vlm.looks import decisions
 from saec.vlm.prompt import Ask, Question, ask_evidence
 
@@ -40,35 +41,6 @@ class Seen:
     question: Question
     ids: tuple[int, ...]
     after: Conversation
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Start:
-    """The beginning of free questions about one picture: instructions and image, and their keys and values."""
-
-    ids: tuple[int, ...]
-    prefix: Prefix
-    system: str
-    images: int
-
-
-@dataclass(slots=True, eq=False)
-class Answer:
-    """An answer as it comes: iterate over it, once, for pieces of text.
-
-    ``timing_ms`` has ``prefill``, ``vision`` if an image was looked at, and with the first token ``first_token`` since
-    the question; at the end ``decode``, the time of all tokens but the first. ``reused`` of ``prompt_tokens`` were not
-    computed again.
-    """
-
-    prompt_tokens: int
-    reused: int
-    timing_ms: dict[str, float]
-    tokens: int = 0
-    _pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
 
 
 class OnnxVlm:
@@ -119,11 +91,9 @@ class OnnxVlm:
             raise BadInput("this model was exported without labels: it cannot decide", where=self.bundle.name)
         ids = self._prompts.ids(question)
         conversation = self._begun(question, ids)
-        logits = self._graphs.feed(conversation, ids, lambda: self._prompts.pictures(question), timing_ms).astype(
-            np.float64
-        )
-        highest = logits.max()
-        found = logits[list(labels)] - highest - np.log(np.exp(logits - highest).sum())
+        fed = self._graphs.feed(conversation, ids, lambda: self._prompts.pictures(question), timing_ms)
+        logits = fed.astype(np.float64) - fed.max()
+        found = logits[list(labels)] - np.log(np.exp(logits).sum())
         return found, Seen(question, tuple(ids), conversation)
 
     def decide(self, question: Question, timing_ms: dict[str, float] | None = None) -> tuple[Decision, Seen]:
@@ -148,20 +118,21 @@ class OnnxVlm:
         tokens = generate(conversation, self._graphs.embed, logits, ends=ends, max_tokens=most, deadline=deadline)
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def begin(self, image: Image | None, *, system: str = "") -> Start:
+    def begin(self, image: Image, *, system: str = "", timing_ms: dict[str, float] | None = None) -> Start:
         """Compute the beginning that all free questions about an image share.
 
         Raises:
             BadInput: it does not fit, or the model takes no image or no instructions.
         """
         refuse_controls(self._tokenizer, system)
-        images = 0 if image is None else 1
         # Where a user's text begins is where the prompts of two texts part.
-        one, other = (self._prompts.text_ids(text, system=system, images=images) for text in ("0", "a"))
+        one, other = (self._prompts.text_ids(text, system=system, images=1) for text in ("0", "a"))
         ids = one[: _common(one, other)]
         conversation = self._graphs.open()
-        self._graphs.feed(conversation, ids, lambda: self._pictures(image))
-        return Start(tuple(ids), conversation.keep(), system, images)
+        seen = (image.shape[1], image.shape[0])
+        shown = Question(Ask.LABEL, "", (image,), "", "", image, seen)
+        self._graphs.feed(conversation, ids, lambda: self._prompts.pictures(shown), timing_ms)
+        return Start(tuple(ids), conversation.keep(), system)
 
     def stream(
         self,
@@ -177,28 +148,26 @@ class OnnxVlm:
     ) -> Answer:
         """Ask a free question about an image, or none; the prompt is computed at once, the answer as it is read.
 
-        ``start`` is :meth:`begin` of the same image and instructions, which then are not given again; it is not
-        changed. ``cut`` allows the middle of a text that is too long to be cut out.
+        ``start`` is :meth:`begin` of an image and instructions, which then are not given again; it is not changed, and
+        the answer is the same token for token. ``cut`` allows the middle of a text that is too long to be cut out.
 
         Raises:
             BadInput: a text with control tokens or another image, a prompt that is too long with ``max_tokens``, an
-                image that this model does not take, or a start of another model.
+                image that this model does not take, or a start of another prompt.
         """
         begun = time.monotonic()
-        if start is not None:
-            system, images = start.system, start.images
-        else:
-            images = 0 if image is None else 1
-            refuse_controls(self._tokenizer, system)
-        refuse_controls(self._tokenizer, text)
+        system = system if start is None else start.system
+        for given in (system, text):
+            refuse_controls(self._tokenizer, given)
+        images = 0 if image is None and start is None else 1
         room = self.bundle.signature.cache + 1 - max_tokens
         ids = fit(lambda t: self._prompts.text_ids(t, system=system, images=images), text, room, cut=cut)
-        shared = 0 if start is None else _common(start.ids, ids)
-        if start is not None and (shared == 0 or self.bundle.prompt.image_token in ids[shared:]):
-            raise BadInput("the saved beginning is not that of this prompt", fix="make it again with saec vlm cache")
-        conversation = self._graphs.open() if start is None else self._graphs.open(start.prefix, shared)
-        answer = Answer(len(ids), conversation.length, {})
-        logits = self._graphs.feed(conversation, ids, lambda: self._pictures(image), answer.timing_ms)
+        answer = Answer(len(ids), 0 if start is None else _common(start.ids, ids), {})
+        if start is None and image is not None:
+            # In two steps, though one would do: the very numbers that a saved beginning gives, in 8 bits too.
+            start = self.begin(image, system=system, timing_ms=answer.timing_ms)
+        conversation = self._graphs.open() if start is None else self._continued(start, ids)
+        logits = self._graphs.feed(conversation, ids, tuple, answer.timing_ms)
         tokens = generate(
             conversation,
             self._graphs.embed,
@@ -208,8 +177,14 @@ class OnnxVlm:
             sampling=sampling,
             deadline=deadline,
         )
-        answer._pieces = pieces(self._tokenizer, _timed(answer, tokens, begun))
+        answer.follow(self._tokenizer, tokens, since=begun)
         return answer
+
+    def _continued(self, start: Start, ids: Sequence[int]) -> Conversation:
+        shared = _common(start.ids, ids)
+        if shared == 0 or self.bundle.prompt.image_token in ids[shared:]:
+            raise BadInput("the saved beginning is not that of this prompt", fix="make it again with saec vlm cache")
+        return self._graphs.open(start.prefix, shared)
 
     def _begun(self, question: Question, ids: Sequence[int]) -> Conversation:
         """Return a conversation that holds what all prompts of the question's product begin with."""
@@ -232,12 +207,6 @@ class OnnxVlm:
             self._beginnings.popitem(last=False)
         return self._graphs.open(kept)
 
-    def _pictures(self, image: Image | None) -> list[Feeds]:
-        if image is None:
-            return []
-        seen = (image.shape[1], image.shape[0])
-        return self._prompts.pictures(Question(Ask.LABEL, "", (image,), "", "", image, seen))
-
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many ids two prompts begin with in common, at least one of the other's left over to be fed."""
@@ -252,15 +221,3 @@ def _images(content: Sequence[str | Image]) -> list[Image]:
 def _same_images(one: Question, other: Question) -> bool:
     images = _images(one.content), _images(other.content)
     return len(images[0]) == len(images[1]) and all(a is b for a, b in zip(*images, strict=True))
-
-
-def _timed(answer: Answer, tokens: Iterator[int], begun: float) -> Iterator[int]:
-    first = 0.0
-    for token in tokens:
-        now = time.monotonic()
-        answer.tokens += 1
-        if answer.tokens == 1:
-            first = now
-            answer.timing_ms["first_token"] = (now - begun) * 1e3
-        answer.timing_ms["decode"] = (now - first) * 1e3
-        yield token
