@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli_fakes import flat
-from saec.config import MllmSettings
+import cli_fakes
+from cli_fakes import flat, tree
+from cli_run import process, saec
+from saec.config import MllmSettings, Settings
 from saec.errors import BadInput
 from saec.evaluate import bench_vlm as bench
 from saec.evaluate.bench_vlm import bench_vlm
@@ -117,3 +119,31 @@ def test_the_first_decision_counts_as_the_start_and_in_no_median(bundle, setting
     assert len(found.ms["decision"]) == len(cells) - 1
     assert len(found.ms["first token"]) == len(found.ms["evidence"]) == 2
     assert found.load_s < found.embedded_s < found.cold_s
+
+
+def test_the_command_measures_a_bundle_and_saves_its_tables(tmp_path, bundle):
+    small = ("--set", "mllm.max_side=56", "--set", "mllm.evidence_tokens=16", "--set", "mllm.threads=1")
+    folder = flat(tmp_path / "parts", 4)
+    found = saec("bench", "vlm", bundle, "--images", folder, "--rounds", 1, *small, "--json", tmp_path / "bench.json")
+    assert found.code == 0, found.err
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert [table["columns"] for table in saved["tables"]] == [["stage", "float32"], ["figure", "target", "float32"]]
+    assert saved["environment"]["cpu"]
+    assert "no torch arm" in found.out
+
+
+def test_an_unknown_precision_is_one_line():
+    assert "unknown precision: int3 (of float32, int8, int4" in saec("bench", "vlm", "--precision", "int3").error()
+
+
+def test_a_station_gives_each_cell_its_anomaly_map(tmp_path, monkeypatch):
+    data = tree(tmp_path / "parts", train=6, other=4)
+    assert process("fit", data, "--out", tmp_path / "station").code == 0
+    cli_fakes.install(monkeypatch)
+    from saec.cli.measured import cells_of
+
+    cells = cells_of(data, tmp_path / "station", Settings(), tmp_path, 6)
+    assert len(cells) == 6
+    assert all("test" in cell.image.parts and cell.product == "bolt" for cell in cells)
+    maps = [np.load(cell.anomaly_map, allow_pickle=False) for cell in cells if cell.anomaly_map]
+    assert [values.shape for values in maps] == [(16, 16)] * 6
