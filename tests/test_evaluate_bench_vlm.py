@@ -147,3 +147,23 @@ def test_a_station_gives_each_cell_its_anomaly_map(tmp_path, monkeypatch):
     assert all("test" in cell.image.parts and cell.product == "bolt" for cell in cells)
     maps = [np.load(cell.anomaly_map, allow_pickle=False) for cell in cells if cell.anomaly_map]
     assert [values.shape for values in maps] == [(16, 16)] * 6
+
+
+def test_torch_and_the_exported_model_measure_the_same_stages_and_decide_alike(tmp_path, cells, monkeypatch):
+    torch_itself = pytest.importorskip("torch")
+    monkeypatch.setattr(torch_itself, "set_num_threads", lambda threads: None)  # of all the tests after this one
+    from saec.vlm.export.bundle import export_bundle
+    from tiny_vlms import save_tiny
+
+    tiny = save_tiny("llava", tmp_path / "tiny")
+    export_bundle(str(tiny), tmp_path / "bundle", precision="float32")
+    settings = MllmSettings(model=str(tiny), threads=1, max_side=56, evidence_tokens=16)
+    jobs = [
+        Job(settings=settings, bundle=of, cells=cells[:3], answers=2, tokens=4) for of in (None, tmp_path / "bundle")
+    ]
+    torch, onnx = (measure(job) for job in jobs)
+    assert onnx.p_defect == pytest.approx(torch.p_defect, abs=1e-4)
+    for reading in (torch, onnx):
+        assert reading.ms.keys() >= {"decision", "vision", "prefill", "first token", "second question", "evidence"}
+        assert all(0 < v < d for v, d in zip(reading.ms["vision"], reading.ms["decision"], strict=True))
+    assert len(torch.ms["decode"]) == 2
