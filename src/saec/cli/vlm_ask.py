@@ -153,7 +153,7 @@ def _load(settings: Settings) -> tuple[OnnxVlm, float]:
 
         folder = ready_bundle(as_trained(settings.mllm))
     except ModuleNotFoundError as error:
-        raise BadInput(f"this needs {error.name}", fix="pip install 'saec[export]'") from None
+        raise BadInput(f"this needs {error.name}", fix="pip install 'saec[vlm]'") from None
     begun = time.monotonic()
     vlm = OnnxVlm.load(folder, threads=settings.mllm.threads)
     return vlm, (time.monotonic() - begun) * 1e3

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from saec.config import MllmSettings
 from saec.errors import BadInput
 from saec.vlm.contract.bundle import Bundle
 from saec.vlm.edge.chat import ChatPrompts, Feeds
@@ -41,6 +42,14 @@ def prompts_of(bundle: Bundle, tokenizer: Tokenizer) -> Prompts:
         BadInput: it has no chat template, or one that cannot be used.
     """
     return _Loupe(tokenizer) if bundle.family == "loupe" else ChatPrompts(tokenizer, bundle)
+
+
+def at_its_size(bundle: Bundle, settings: MllmSettings) -> MllmSettings:
+    """Return the settings with the image sizes they leave open: what the vision graph sees, and no larger."""
+    if bundle.vision is None:
+        return settings
+    own = {"max_side": bundle.vision.preprocess.side, "side_multiple": 1}
+    return settings.model_copy(update={k: v for k, v in own.items() if k not in settings.model_fields_set})
 
 
 class _Loupe:

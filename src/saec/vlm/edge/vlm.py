@@ -24,7 +24,7 @@ from saec.types import Image
 from saec.vlm.answers import Decision
 from saec.vlm.contract.bundle import TOKENIZER, Bundle, read_bundle
 from saec.vlm.edge.chat import fit, refuse_controls
-from saec.vlm.edge.family import prompts_of
+from saec.vlm.edge.family import at_its_size, prompts_of
 from saec.vlm.edge.generate import GREEDY, Answer, Sampling, generate
 from saec.vlm.edge.graphs import Graphs
 from saec.vlm.edge.kv import Prefix
@@ -73,10 +73,7 @@ class OnnxVlm:
 
     def at_its_size(self, settings: MllmSettings) -> MllmSettings:
         """Return the settings with the image sizes they leave open: what the vision graph sees, and no larger."""
-        if self.bundle.vision is None:
-            return settings
-        own = {"max_side": self.bundle.vision.preprocess.side, "side_multiple": 1}
-        return settings.model_copy(update={k: v for k, v in own.items() if k not in settings.model_fields_set})
+        return at_its_size(self.bundle, settings)
 
     def look(self, question: Question, timing_ms: dict[str, float] | None = None) -> tuple[NDArray[np.float64], Seen]:
         """Return the log-probabilities [2] of the labels 0 and 1, and what evidence can be asked from.

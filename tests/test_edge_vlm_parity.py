@@ -1,21 +1,52 @@
-"""Loupe itself, exported: what the torch model says, and a saved picture that answers as the picture does."""
+"""Exported models against the torch models they come from: tiny ones of the real classes, and Loupe itself."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from saec.config import MllmSettings
+from saec.config import MllmSettings, PromptSettings
 from saec.errors import BadInput
 from saec.types import Query
-from saec.vlm.prompt import Ask, Question, build_question
+from saec.vlm.prompt import Ask, Question, ask_evidence, build_question
 from saec.vlm.registry import resolve
 from saec.vlm.trained import as_trained
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_a_checkpoint_decides_and_explains_as_in_torch(family, tmp_path):
+    pytest.importorskip("torch")
+    from saec.vlm.decide import generate_evidence, p_defect
+    from saec.vlm.edge.vlm import OnnxVlm
+    from saec.vlm.export.bundle import export_bundle
+    from saec.vlm.load import load_vlm
+    from tiny_vlms import save_tiny
+
+    checkpoint = save_tiny(family, tmp_path / family)
+    if family == "smolvlm":  # an exported tower sees one square, not tiles
+        file = checkpoint / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"do_image_splitting": False}))
+    export_bundle(str(checkpoint), tmp_path / "bundle", precision="float32")
+    vlm = OnnxVlm.load(tmp_path / "bundle", threads=1)
+    torch_model = load_vlm(MllmSettings(model=str(checkpoint), dtype="float32", device="cpu"))
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        image, reference = (rng.integers(0, 256, (56, 56, 3), np.uint8) for _ in range(2))
+        query = Query("p", "cell", image, (56, 56), references=(reference,))
+        question = build_question(query, Ask.LABEL, PromptSettings(max_side=56))
+        found, seen = vlm.decide(question)
+        (wanted,) = p_defect(torch_model, [question])
+        assert found.p_defect == pytest.approx(wanted.p_defect, abs=1e-4)
+        assert found.mass == pytest.approx(wanted.mass, rel=1e-3)
+        (text,) = generate_evidence(torch_model, [ask_evidence(question)], max_tokens=20)
+        assert vlm.evidence(question, seen, max_tokens=20) == text
+
+
+# -- Loupe
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +80,12 @@ def questions() -> list[Question]:
     return made
 
 
+@pytest.mark.slow
 def test_in_float32_it_decides_and_explains_as_the_torch_model(export):
     pytest.importorskip("torch")
     from saec.vlm.decide import generate_evidence, p_defect
     from saec.vlm.edge.vlm import OnnxVlm
     from saec.vlm.load import load_vlm
-    from saec.vlm.prompt import ask_evidence
 
     asked = questions()
     torch_model = load_vlm(as_trained(MllmSettings(device="cpu")))
@@ -68,6 +99,7 @@ def test_in_float32_it_decides_and_explains_as_the_torch_model(export):
         assert vlm.evidence(question, seen, max_tokens=48) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "float32"])
 def test_a_saved_picture_answers_as_the_picture_does(export, precision, tmp_path):
     from saec.vlm.edge.store import load_start, save_start
