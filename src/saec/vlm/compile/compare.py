@@ -12,9 +12,8 @@ from saec.errors import GateFailed
 from saec.vlm.compile.record import Difference
 from saec.vlm.contract.signature import Signature, TensorSpec
 from saec.vlm.edge.kv import Cache
-from saec.vlm.export.decoder import rotary_tables
+from saec.vlm.export.feeds import Feeds, step_feeds
 
-Feeds = dict[str, NDArray[Any]]
 Run = Callable[[Feeds], Sequence[NDArray[Any]]]
 
 HISTORY = 16
@@ -37,9 +36,9 @@ def example(inputs: Sequence[TensorSpec], signature: Signature | None, run: Run,
         signature = signature.model_copy(update={"n": 1, "cache": min(FREE, signature.cache)})
     cache, size = Cache(signature), signature.n or 1
     while cache.length < min(HISTORY, signature.cache - size):
-        _, *made = run(_step(signature, cache, rng, spread))
+        _, *made = run(step_feeds(signature, cache, _tokens(signature, rng, spread)))
         cache.append(np.stack(made[::2]), np.stack(made[1::2]))
-    return _step(signature, cache, rng, spread)
+    return step_feeds(signature, cache, _tokens(signature, rng, spread))
 
 
 def differences(expected: Mapping[str, NDArray[Any]], found: Sequence[NDArray[Any]]) -> Mapping[str, Difference]:
@@ -57,27 +56,12 @@ def differences(expected: Mapping[str, NDArray[Any]], found: Sequence[NDArray[An
     return compared
 
 
-def _step(signature: Signature, cache: Cache, rng: np.random.Generator, spread: float) -> Feeds:
-    """Return all inputs for ``n`` new tokens of noise on top of a cache."""
-    new = signature.n or 1
-    positions = np.arange(cache.length, cache.length + new)
-    mask = np.zeros((1, 1, new, signature.context), signature.dtype)
-    mask[..., : cache.length] = 1
-    mask[..., signature.cache :] = np.tri(new)
-    feeds: Feeds = {"attention_mask": mask}
+def _tokens(signature: Signature, rng: np.random.Generator, spread: float) -> NDArray[Any]:
+    """Return ids [n], or embeddings [n, H] of noise."""
+    new, shape = signature.n or 1, signature.shape
     if signature.embeddings == "inside":
-        feeds["input_ids"] = rng.integers(signature.shape.vocab_size, size=(1, new)).astype(np.int32)
-    else:
-        noise = rng.standard_normal((1, new, signature.shape.hidden_size)) * spread
-        feeds["inputs_embeds"] = noise.astype(signature.dtype)
-    if signature.rope == "inside":
-        feeds["position_ids"] = positions[None].astype(np.int32)
-    else:
-        for part, table in zip(("cos", "sin"), rotary_tables(signature), strict=True):
-            feeds[f"position_ids_{part}"] = table[positions][None].astype(signature.dtype)
-    layers = zip(cache.keys, cache.values, strict=True)
-    states = (array for pair in layers for array in pair)
-    return feeds | {spec.name: array for spec, array in zip(signature.past, states, strict=True)}
+        return rng.integers(shape.vocab_size, size=new)
+    return rng.standard_normal((new, shape.hidden_size)) * spread
 
 
 def _noise(spec: TensorSpec, rng: np.random.Generator) -> NDArray[Any]:

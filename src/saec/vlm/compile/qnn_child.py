@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from saec.errors import GateFailed
-from saec.vlm.compile.compare import Feeds, differences, example
+from saec.vlm.compile.compare import differences, example
 from saec.vlm.compile.qnn import REQUEST, RESULT, Request
 from saec.vlm.compile.record import MODEL, Compiled
+from saec.vlm.export.feeds import Feeds
 
 CONTEXT = "model_ctx.onnx"
 """The graph that ONNX Runtime loads: one node, which names ``model.bin``."""

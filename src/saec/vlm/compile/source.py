@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
-from onnx import helper
 
 from saec.data.hashing import sha256_file
 from saec.errors import BadInput
@@ -15,17 +14,22 @@ from saec.vlm.contract.bundle import DECODER, BundleFile, read_bundle
 from saec.vlm.contract.signature import Signature, TensorSpec
 from saec.vlm.export.decoder import METADATA, build_decoder
 from saec.vlm.export.reread import GraphWeights
+from saec.vlm.export.rewrite import spec_of
 from saec.vlm.export.validate import external_file, read_graph, stored_signature
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A graph to compile: the one in ``file``, or (``rebuilt``) another of the same model, built from its weights."""
+    """A graph to compile: the one in ``file``, or (``rebuilt``) another of the same model, built from its weights.
+
+    ``quantised``: its weights and activations have ranges of their own (QDQ), which would be lost.
+    """
 
     file: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     signature: Signature | None = None
+    quantised: bool = False
     rebuilt: bool = False
 
     def files(self) -> Mapping[str, BundleFile]:
@@ -48,7 +52,7 @@ class Source:
                     f"devices want fixed dimensions, not {free[0]}", where=self.file, fix="export them fixed"
                 )
             return self
-        if self.signature.n is not None and self.signature.dtype == "float16":
+        if self.signature.n is not None and (self.quantised or self.signature.dtype == "float16"):
             return self
         room = self.signature.context - new_tokens
         if room <= 0:
@@ -75,26 +79,20 @@ def open_source(target: Path) -> Source:
     Raises:
         BadInput: neither is there, or the file is damaged.
     """
-    file = target
-    if target.is_dir():
-        read_bundle(target)
-        file = target / DECODER
+    bundle = read_bundle(target) if target.is_dir() else None
+    file = target / DECODER if bundle else target
     model = read_graph(file)
     for path in _weights(model, file):
         if not path.is_file():
             raise BadInput("the graph's weights are missing", where=path, fix="keep them beside the graph")
     weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = tuple(_spec(each) for each in model.graph.input if each.name not in weights)
-    outputs = tuple(_spec(each) for each in model.graph.output)
-    return Source(file, inputs, outputs, stored_signature(file))
+    inputs = tuple(spec_of(each) for each in model.graph.input if each.name not in weights)
+    outputs = tuple(spec_of(each) for each in model.graph.output)
+    quantised = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    signature = bundle.signature if bundle else stored_signature(file)
+    return Source(file, inputs, outputs, signature, quantised)
 
 
 def _weights(model: onnx.ModelProto, file: Path) -> set[Path]:
     outside = (each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL)
     return {external_file(file, weight) for weight in outside}
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    kind = value.type.tensor_type
-    shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
-    return TensorSpec(name=value.name, shape=shape, dtype=helper.tensor_dtype_to_np_dtype(kind.elem_type).name)

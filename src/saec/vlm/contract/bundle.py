@@ -81,7 +81,8 @@ class Bundle(_Record):
     """The record of an exported VLM.
 
     ``model_id`` names base, adapter, precision and prompt, such as ``loupe@int8+adapter:1a2b3c4d+p2``; ``fingerprint``
-    is a hash of everything that it was exported from. ``quality`` holds measured differences to the float32 model.
+    is a hash of everything that it was exported from. ``w8a16`` has 8-bit weights and 16-bit activations, for NPUs.
+    ``quality`` holds measured differences to the float32 model.
     """
 
     format: Literal[1] = 1
@@ -89,7 +90,7 @@ class Bundle(_Record):
     family: BundleFamily
     model_id: str
     fingerprint: str
-    precision: Precision
+    precision: Precision | Literal["w8a16"]
     signature: Signature
     vision: Vision | None = None
     prompt: Prompt

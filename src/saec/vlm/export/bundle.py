@@ -60,7 +60,7 @@ def export_bundle(
     source = find_source(model, adapter)
     tell("reading")
     opened = open_source(source, precision)
-    with _whole(out) as folder:
+    with whole(out) as folder:
         vision = None
         if opened.vision is not None and "vision" in parts:
             tell("vision")
@@ -114,8 +114,12 @@ def _signature(
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """Lend a folder beside ``out`` and put it there at the end; nothing stays of a failure."""
+def whole(out: Path) -> Iterator[Path]:
+    """Lend a folder beside ``out`` and put it there at the end; nothing stays of a failure.
+
+    Raises:
+        BadInput: ``out`` is in use, or cannot be written.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BadInput("this is in use", where=out, fix="choose another folder, or remove this one")
     try:

@@ -20,7 +20,7 @@ from saec.vlm.export.linear import Array, Blocks4, Linear, SidePath, emit, joine
 METADATA = "saec.signature"
 """Key in the ONNX file's metadata that holds the signature as JSON."""
 
-_MASKED = {"float32": 1e9, "float16": 3e4}
+_MASKED, _MASKED_HALF = 1e9, 3e4
 """What is taken off a masked score. In float16 there must be room below it: -65504 and a little more is -inf."""
 
 
@@ -40,8 +40,10 @@ class DecoderWeights(Protocol):
         ...
 
 
-def build_decoder(signature: Signature, weights: DecoderWeights, precision: Precision) -> Graph:
+def build_decoder(signature: Signature, weights: DecoderWeights, precision: Precision, *, half: bool = False) -> Graph:
     """Return the graph of a decoder with the inputs and outputs of ``signature``.
+
+    ``half`` keeps all values of a float32 graph within float16's range, for devices that compute it in float16.
 
     Raises:
         BadInput: a precision that does not fit the signature's number format, or weights that are not those of the
@@ -49,12 +51,12 @@ def build_decoder(signature: Signature, weights: DecoderWeights, precision: Prec
     """
     if (precision == "float16") != (signature.dtype == "float16"):
         raise BadInput(f"a graph of {signature.dtype} cannot have weights of {precision}")
-    return _Decoder(signature, weights, precision).build()
+    return _Decoder(signature, weights, precision, half or precision == "float16").build()
 
 
 class _Decoder:
-    def __init__(self, signature: Signature, weights: DecoderWeights, precision: Precision) -> None:
-        self.signature, self.weights, self.precision = signature, weights, precision
+    def __init__(self, signature: Signature, weights: DecoderWeights, precision: Precision, half: bool) -> None:
+        self.signature, self.weights, self.precision, self.half = signature, weights, precision, half
         self.shape = signature.shape
         self.graph = Graph("decoder")
         self.queries_a_head = self.shape.heads // self.shape.kv_heads
@@ -81,9 +83,8 @@ class _Decoder:
     def _logits(self, x: str) -> str:
         shape = self.shape
         stored = "model.embed_tokens" if shape.tied else "lm_head"
-        head = Linear("lm_head", *self._matrix(stored, shape.vocab_size, shape.hidden_size))
-        # The last product decides between tokens: in 4 bit it costs more agreement than all layers together.
-        return emit(self.graph, x, head, "int8" if self.precision == "int4" else self.precision)
+        head = Linear("lm_head", *self._matrix(stored, shape.vocab_size, shape.hidden_size), logits=True)
+        return emit(self.graph, x, head, self.precision)
 
     def _block(self, layer: int, x: str, past_key: str, past_value: str) -> tuple[str, str, str]:
         graph, shape, at = self.graph, self.shape, f"model.layers.{layer}"
@@ -165,7 +166,7 @@ class _Decoder:
         """Turn the strict 0/1 mask into what is added to the scores, once for each query of a group."""
         graph, dtype = self.graph, self.signature.dtype
         hidden = graph.op("Sub", mask, graph.constant(1, dtype))
-        bias = graph.op("Mul", hidden, graph.constant(_MASKED[dtype], dtype))
+        bias = graph.op("Mul", hidden, graph.constant(_MASKED_HALF if self.half else _MASKED, dtype))
         return graph.op("Concat", *[bias] * self.queries_a_head, axis=2) if self.queries_a_head > 1 else bias
 
     def _embedded(self, ids: str) -> str:
@@ -179,7 +180,7 @@ class _Decoder:
         """RMSNorm (Zhang & Sennrich 2019)."""
         graph, dtype, eps = self.graph, self.signature.dtype, self.shape.rms_eps
         scale = graph.weight(name, _checked(self.weights.array(name), (self.shape.hidden_size,), name).astype(dtype))
-        if dtype == "float32":
+        if not self.half:
             # This very chain of nodes is one that ONNX Runtime fuses.
             mean = graph.op("ReduceMean", graph.op("Pow", x, graph.constant(2, dtype)), graph.ints(-1), keepdims=1)
             root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps, dtype)))
