@@ -56,12 +56,13 @@ class SidePath:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """y = x W^T + bias: ``weight`` [out, in], ``bias`` [out]."""
+    """y = x W^T + bias: ``weight`` [out, in], ``bias`` [out]. ``logits``: the outputs are compared with each other."""
 
     name: str
     weight: Array | Blocks4
     bias: Array | None = None
     side: SidePath | None = None
+    logits: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -97,7 +98,8 @@ def dense(weight: Array | Blocks4) -> Array:
 
 def emit(graph: Graph, x: str, layer: Linear, precision: Precision) -> str:
     """Add a layer to a graph and return its output [..., out]."""
-    if precision == "int8":
+    # What decides between tokens costs more agreement in 4 bit, or with inputs of 8, than all other layers together.
+    if precision == "int8" or (precision == "int4" and layer.logits):
         y = _int8(graph, x, layer)
     elif precision == "int4" and layer.sizes[1] % BLOCK == 0:
         y = _int4(graph, x, layer)
@@ -138,14 +140,25 @@ def _int8(graph: Graph, x: str, layer: Linear) -> str:
     # One scale for each row: a token with outliers leaves its neighbours' precision alone, and what a token becomes
     # does not depend on which others are computed with it.
     quants, scale = quantise_rows(dense(layer.weight))
-    largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
-    largest = graph.op("Max", largest, graph.constant(_ZERO, "float32"))
-    step, middle = graph.constant(1 / STEPS, "float32"), graph.constant(128, "uint8")
-    rows = graph.op("QuantizeLinear", graph.op("Div", x, largest), step, middle)
     weight = graph.weight(f"{layer.name}.weight", quants.T)
     scales = graph.weight(f"{layer.name}.scale", scale)
+    step, middle = graph.constant(1 / STEPS, "float32"), graph.constant(128, "uint8")
+    rows, largest = _rows(graph, x, step, middle)
+    if layer.logits:
+        # What the first 8 bits left over goes through the same product as further rows: the weights are read once.
+        read = graph.op("Mul", graph.op("DequantizeLinear", rows, step, middle), largest)
+        more, least = _rows(graph, graph.op("Sub", x, read), step, middle)
+        rows, largest = graph.op("Concat", rows, more, axis=0), graph.op("Concat", largest, least, axis=0)
     y = graph.op("MatMulIntegerToFloat", rows, weight, step, scales, middle, domain=MICROSOFT)
-    return graph.op("Mul", y, largest)
+    y = graph.op("Mul", y, largest)
+    return graph.op("ReduceSum", y, graph.ints(0), keepdims=1) if layer.logits else y
+
+
+def _rows(graph: Graph, x: str, step: str, middle: str) -> tuple[str, str]:
+    """Return x [1, n, in] in 8 bits, and the largest magnitude of each row [1, n, 1]: the scale of ``step`` is of 1."""
+    largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
+    largest = graph.op("Max", largest, graph.constant(_ZERO, "float32"))
+    return graph.op("QuantizeLinear", graph.op("Div", x, largest), step, middle), largest
 
 
 def _int4(graph: Graph, x: str, layer: Linear) -> str:

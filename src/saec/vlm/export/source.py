@@ -16,7 +16,7 @@ from saec.vlm.prompt import VERSION
 from saec.vlm.registry import entry, names, resolve
 from saec.vlm.trained import LOUPE, SHIPPED, WEIGHTS, adapter_id, check_adapter, check_origin, read_record
 
-EXPORTER = 1
+EXPORTER = 2
 """Raised when the same source gives another graph: bundles made before it are made again."""
 
 Part = Literal["decoder", "vision", "embed"]
