@@ -35,7 +35,8 @@ def rounded_products(file: Path, precision: Precision) -> Graph:
         matrix = weights.get(node.input[1]) if node.op_type == "MatMul" else None
         if matrix is not None and len(matrix.dims) == 2 and matrix.name not in KEPT:
             weight = np.ascontiguousarray(numpy_helper.to_array(matrix).T, np.float32)
-            layer = Linear(matrix.name.removesuffix(".weight"), weight)
+            name = matrix.name.removesuffix(".weight")
+            layer = Linear(name, weight, logits=name == "lm_head")
             values[node.output[0]] = emit(graph, value(node.input[0]), layer, precision)
             continue
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
