@@ -223,8 +223,8 @@ class ExpertBackend:
         return float(1 / (1 + np.exp(-(spread - 105) / 10)))
 
 
-class TransformersBackend(ExpertBackend):
-    """As saec.cloud.transformers.TransformersBackend, but for the weights; the prompt's tau stands in the name."""
+class OnnxVlmBackend(ExpertBackend):
+    """As saec.cloud.onnx_vlm.OnnxVlmBackend, but for the weights; the prompt's tau stands in the name."""
 
     def __init__(self, settings: Settings) -> None:
         self.model_id = f"{settings.mllm.model}-fake-{settings.mllm.tau}"
@@ -256,8 +256,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    made = types.ModuleType("saec.cloud.transformers")
-    made.__dict__["TransformersBackend"] = TransformersBackend
+    made = types.ModuleType("saec.cloud.onnx_vlm")
+    made.__dict__["OnnxVlmBackend"] = OnnxVlmBackend
     sys.modules.update({**modules(), made.__name__: made})
     from saec.cli import main
 

@@ -63,12 +63,14 @@ def test_the_demo_compares_four_ways_and_a_second_one_uses_data_and_station_agai
 
 
 def test_loupe_is_pulled_asked_as_a_service_under_the_demo_s_settings_and_calibrated_for(tmp_path, cells, monkeypatch):
-    pulled = []
+    pulled, exported = [], []
     monkeypatch.setattr("saec.cli.models.pulled", pulled.append)
+    monkeypatch.setattr("saec.cli.vlm_export.exported", exported.append)
     demo = ("demo", "--out", tmp_path / "demo", "--parts", 20)
     found = saec(*demo, "--set", "mllm.tau=0.5")
     assert found.code == 0, found.err
     assert pulled == ["loupe"]
+    assert [mllm.model for mllm in exported] == ["loupe"]
     cascade = RunFolder.load(tmp_path / "demo" / "runs" / "cascade")
     assert {v.models["cloud"] for v in cascade.verdicts if "cloud" in v.models} == {"loupe-fake-0.5"}
     assert "the one of the last demo" in saec(*demo, "--set", "mllm.tau=0.5").out

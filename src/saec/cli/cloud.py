@@ -46,9 +46,7 @@ def serve(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|DIR", help="Model in this process: see saec models list.", show_default=False
-        ),
+        typer.Option(metavar="NAME|DIR", help="Model in this process: see saec models list.", show_default=False),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="LoRA adapter for that model.", show_default=False)

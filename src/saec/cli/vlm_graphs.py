@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from saec.cli.options import JsonOption
-from saec.vlm.contract.signature import FloatType, Signature, Style
 
 if TYPE_CHECKING:
     from saec.evaluate.table import Table
+    from saec.vlm.contract.signature import Signature
     from saec.vlm.export.validate import Problem
 
 
@@ -31,7 +31,8 @@ def validate(
         ),
     ] = None,
     kv_style: Annotated[
-        Style | None, typer.Option("--kv-style", help="How cache tensors must be called.", show_default=False)
+        Literal["dot", "genie"] | None,
+        typer.Option("--kv-style", help="How cache tensors must be called.", show_default=False),
     ] = None,
     cache: Annotated[
         int | None, typer.Option("--cache", min=1, help="Tokens in the cache.", show_default=False)
@@ -39,7 +40,9 @@ def validate(
     ar: Annotated[
         int | None, typer.Option("--ar", min=1, help="New tokens at a time, of a fixed graph.", show_default=False)
     ] = None,
-    dtype: Annotated[FloatType | None, typer.Option("--dtype", help="Number format.", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"] | None, typer.Option("--dtype", help="Number format.", show_default=False)
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Compare inputs and outputs of a decoder with what its model's configuration asks for; exit code 1 if they differ.
@@ -72,7 +75,10 @@ def validate(
 
 def rename(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A decoder.", show_default=False)],
-    to: Annotated[Style, typer.Option("--to", help="past_key_values.0.key or past_key_0_in.", show_default=False)],
+    to: Annotated[
+        Literal["dot", "genie"],
+        typer.Option("--to", help="past_key_values.0.key or past_key_0_in.", show_default=False),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -96,6 +102,7 @@ def rename(
 def _asked(target: Path, stored: Signature | None, config: Path | None, changes: Mapping[str, object]) -> Signature:
     """Return the signature that the target must have: its own, but for what the options say."""
     from saec.errors import BadInput
+    from saec.vlm.contract.signature import Signature
     from saec.vlm.export.weights import config_shape
 
     given = {key: value for key, value in changes.items() if value is not None}

@@ -160,7 +160,7 @@ def open_graph(file: Path, *, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Planning which of two thousand values share a buffer takes a second of every start; the arena reuses memory anyway.
+    # Planning which of two thousand values share a buffer takes a second of every start; the arena reuses them anyway.
     options.enable_mem_reuse = False
     # A step is hundreds of short operators: waking a sleeping thread for each costs up to a quarter of its time on free
     # cores, and threads that spin as long as they like cost half of it where others want the cores. 10 us is neither.
