@@ -7,22 +7,41 @@ import sys
 import pytest
 
 from cli_run import saec
-from saec.cli.options import mllm_backend
-from saec.config import Settings
+from saec.cli.options import mllm_backend, runs_on_onnx
+from saec.config import MllmSettings, Settings
 from saec.errors import BadInput
 
 
-def test_a_model_is_named_only_for_the_backend_that_loads_one(tmp_path):
+def test_a_model_is_named_only_for_the_backends_that_load_one(tmp_path):
     line = saec("cloud", "serve", "--backend", "openai", "--model", "loupe").error()
-    assert "--model and --adapter belong to --backend transformers" in line
+    assert "--model and --adapter belong to --backend onnx-vlm and transformers" in line
     assert "belong to" in saec("cloud", "serve", "--adapter", tmp_path).error()
 
 
-def test_without_its_extra_a_multimodal_llm_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "saec.cloud.transformers", None)
-    with pytest.raises(BadInput, match=r"pip install 'saec\[cloud\]'"):
-        mllm_backend(Settings())
-    assert "pip install" in saec("cloud", "serve", "--backend", "transformers").error()
+@pytest.mark.parametrize(
+    ("runtime", "room", "extra"),
+    [("onnx", "saec.cloud.onnx_vlm", "export"), ("transformers", "saec.cloud.transformers", "cloud")],
+)
+def test_without_its_extra_a_multimodal_llm_says_what_to_install(runtime, room, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, room, None)
+    with pytest.raises(BadInput, match=rf"pip install 'saec\[{extra}\]'"):
+        mllm_backend(Settings(mllm=MllmSettings(runtime=runtime)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "onnx"),
+    [
+        ({}, True),
+        ({"runtime": "transformers"}, False),
+        ({"device": "cuda"}, False),
+        ({"four_bit": True}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"model": "qwen2.5-vl-7b"}, False),
+        ({"model": "qwen2.5-vl-7b", "runtime": "onnx"}, True),
+    ],
+)
+def test_loupe_runs_on_onnx_unless_something_is_asked_for_that_only_hugging_face_has(asked, onnx):
+    assert runs_on_onnx(Settings(mllm=MllmSettings(**asked))) is onnx
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
