@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from saec.cli import vlm_ask, vlm_compile, vlm_export, vlm_graphs, vlm_quantize, vlm_quantize
+from saec.cli import vlm_ask, vlm_compile, vlm_export, vlm_graphs, vlm_quantize
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,7 +15,6 @@ app = typer.Typer(
 app.command("export-decoder")(vlm_export.export_decoder)
 app.command("validate")(vlm_graphs.validate)
 app.command("rename")(vlm_graphs.rename)
-app.command("quantize")(vlm_quantize.quantize)
 app.command("quantize")(vlm_quantize.quantize)
 app.command("compile")(vlm_compile.compile_)
 app.command("e2e")(vlm_ask.e2e)
