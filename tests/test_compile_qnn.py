@@ -20,7 +20,7 @@ from saec.vlm.compile.qnn import QnnLocal
 from saec.vlm.compile.record import Metadata
 from saec.vlm.compile.source import open_source
 from saec.vlm.contract.signature import Signature
-from tiny_decoder import FASTVLM, write_decoder
+from tiny_decoder import FASTVLM, TINY, Outliers, write_decoder
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_qnn") is None or platform.machine() != "x86_64",
@@ -61,6 +61,18 @@ def test_a_free_float32_graph_is_built_anew_for_the_device(tmp_path: Path) -> No
     assert signature == stored.model_copy(update={"n": 4, "cache": stored.context - 4, "dtype": "float16"})
     assert not list(folder.glob("decoder.*"))
     assert record.result.compared["logits"].max_abs < 0.01
+
+
+@compiler
+@pytest.mark.parametrize("n", [1, 8])
+def test_outliers_of_the_first_token_survive_half_precision(tmp_path: Path, n: int) -> None:
+    shape = TINY.model_copy(update={"o_bias": True})
+    write_decoder(tmp_path / "decoder.onnx", "float16", shape, Outliers(shape), n=n)
+
+    _, record = run(QnnLocal(SM8650), open_source(tmp_path / "decoder.onnx"), tmp_path / "outliers")
+
+    logits = record.result.compared["logits"]
+    assert logits.max_abs < 0.02 * logits.largest
 
 
 @compiler

@@ -12,7 +12,7 @@ import numpy as np
 from saec.vlm.contract.bundle import Precision
 from saec.vlm.contract.shape import DecoderShape
 from saec.vlm.contract.signature import Signature
-from saec.vlm.export.decoder import METADATA, build_decoder
+from saec.vlm.export.decoder import METADATA, DecoderWeights, build_decoder
 from saec.vlm.export.linear import Array, Blocks4, SidePath
 
 TINY = DecoderShape(
@@ -47,7 +47,7 @@ FASTVLM = DecoderShape(
 """FastVLM-0.5B's decoder (``edge_vlm.md``)."""
 
 
-class RandomWeights:
+class RandomWeights(DecoderWeights):
     """Weights of a shape, drawn anew from their names each time they are asked for."""
 
     def __init__(self, shape: DecoderShape, *, sides: Mapping[str, SidePath] | None = None) -> None:
@@ -81,12 +81,31 @@ class RandomWeights:
         return (rows,) if name.endswith("bias") else (rows, columns)
 
 
+class Outliers(RandomWeights):
+    """Weights that put 20,000 into one place of the residual stream, which all norms but take out again: trained
+    decoders do so with their first token. For shapes with ``o_bias``."""
+
+    def array(self, name: str) -> Array:
+        values = super().array(name)
+        if "norm" in name:
+            values[3] = 1e-3
+        elif name == "model.layers.0.self_attn.o_proj.bias":
+            values[3] = 20_000
+        else:
+            values = values * 10
+        return values
+
+
 def write_decoder(
-    file: Path, precision: Precision = "float32", shape: DecoderShape = TINY, **options: Any
+    file: Path,
+    precision: Precision = "float32",
+    shape: DecoderShape = TINY,
+    weights: DecoderWeights | None = None,
+    **options: Any,
 ) -> Signature:
     """Write a decoder and return its signature; ``options`` are the signature's."""
     dtype = "float16" if precision == "float16" else "float32"
     signature = Signature(shape=shape, dtype=dtype, **{"cache": 31, "n": 1, **options})
-    graph = build_decoder(signature, RandomWeights(shape), precision)
+    graph = build_decoder(signature, weights or RandomWeights(shape), precision)
     graph.save(file, metadata={METADATA: signature.model_dump_json()})
     return signature

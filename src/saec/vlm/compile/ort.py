@@ -10,9 +10,10 @@ from pathlib import Path
 import onnxruntime as ort
 
 from saec.errors import BadInput
-from saec.vlm.compile.compare import differences, example
+from saec.vlm.compile.compare import differences, examples
 from saec.vlm.compile.record import MODEL, Compiled, Plan, ProviderName, Target
 from saec.vlm.compile.source import Source
+from saec.vlm.export.reread import tied_table
 
 GRAPH = "model.onnx"
 
@@ -57,13 +58,15 @@ class OrtLocal:
         del optimised
         plain = _session(source.file, "none")
         names = [spec.name for spec in source.outputs]
-        feeds = example(source.inputs, source.signature, lambda fed: plain.run(names, fed), 1.0)
-        expected = dict(zip(names, plain.run(names, feeds), strict=True))
+        table = tied_table(source.file, source.signature)
+        fed = examples(source.inputs, source.signature, table, lambda feeds: plain.run(names, feeds))
+        written = _session(folder / GRAPH, "none")
+        found = [written.run(names, feeds) for feeds in fed]
         return Compiled(
             seconds=seconds,
             tools={"onnxruntime": ort.__version__},
             placement=placement,
-            compared=differences(expected, _session(folder / GRAPH, "none").run(names, feeds)),
+            compared=differences(names, [plain.run(names, feeds) for feeds in fed], found),
         )
 
 

@@ -9,24 +9,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import onnxruntime_qnn
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from saec.errors import GateFailed
-from saec.vlm.compile.compare import differences, example
+from saec.vlm.compile.compare import differences, examples
 from saec.vlm.compile.qnn import REQUEST, RESULT, Request
 from saec.vlm.compile.record import MODEL, Compiled
 from saec.vlm.export.feeds import Feeds
+from saec.vlm.export.reread import tied_table
 
 CONTEXT = "model_ctx.onnx"
 """The graph that ONNX Runtime loads: one node, which names ``model.bin``."""
-
-SPREAD = 1.0
-"""Standard deviation of embeddings where the graph does not hold their table."""
 
 
 def main(folder: Path) -> None:
@@ -45,13 +41,15 @@ def main(folder: Path) -> None:
         raise GateFailed(f"the compiler left nodes to the CPU: {kinds}")
     sdk = _rename(folder)
     peak = _peak_mb()
-    feeds, expected = _on_cpu(request)
-    found = _on_qnn(folder / CONTEXT, request).run(list(expected), feeds)
+    names = [spec.name for spec in request.outputs]
+    fed, expected = _on_cpu(request, names)
+    qnn = _on_qnn(folder / CONTEXT, request)
+    found = [qnn.run(names, feeds) for feeds in fed]
     result = Compiled(
         seconds=seconds,
         tools={"onnxruntime": ort.__version__, "onnxruntime-qnn": onnxruntime_qnn.__version__, "qnn": sdk},
         placement=placement,
-        compared=differences(expected, found),
+        compared=differences(names, expected, found),
         peak_mb=peak,
     )
     (folder / RESULT).write_text(result.model_dump_json(), encoding="utf-8")
@@ -77,12 +75,12 @@ def _compile(request: Request, folder: Path) -> tuple[dict[str, int], Counter[st
     return dict(placement), refused
 
 
-def _on_cpu(request: Request) -> tuple[Feeds, dict[str, NDArray[Any]]]:
-    """Return inputs, and what the CPU makes of them: outputs by name."""
+def _on_cpu(request: Request, names: list[str]) -> tuple[list[Feeds], list[list[NDArray[Any]]]]:
+    """Return inputs, and what the CPU makes of them."""
     cpu = ort.InferenceSession(str(request.graph), _options(), providers=["CPUExecutionProvider"])
-    names = [spec.name for spec in request.outputs]
-    feeds = example(request.inputs, request.signature, lambda fed: cpu.run(names, fed), _spread(request.graph))
-    return feeds, dict(zip(names, cpu.run(names, feeds), strict=True))
+    table = tied_table(request.graph, request.signature)
+    fed = examples(request.inputs, request.signature, table, lambda feeds: cpu.run(names, feeds))
+    return fed, [cpu.run(names, feeds) for feeds in fed]
 
 
 def _on_qnn(graph: Path, request: Request, entries: dict[str, str] | None = None) -> ort.InferenceSession:
@@ -110,14 +108,6 @@ def _rename(folder: Path) -> str:
     stated["ep_cache_context"].s = MODEL.encode()
     onnx.save(model, folder / CONTEXT)
     return str(stated["ep_sdk_version"].s.decode())
-
-
-def _spread(graph: Path) -> float:
-    """Return the standard deviation of the embedding table, which is the output projection's where they are tied."""
-    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
-        if tensor.name == "lm_head.weight":
-            return float(np.std(numpy_helper.to_array(tensor, str(graph.parent)), dtype=np.float64))
-    return SPREAD
 
 
 def _peak_mb() -> float:

@@ -185,14 +185,17 @@ class _Decoder:
             mean = graph.op("ReduceMean", graph.op("Pow", x, graph.constant(2, dtype)), graph.ints(-1), keepdims=1)
             root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps, dtype)))
             return graph.op("Mul", graph.op("Div", x, root), scale)
-        # Squares of large activations do not fit into float16: the row is first brought to magnitudes up to 1.
+        # Squares of large activations do not fit into float16, so the mean is taken of a row of magnitudes up to 1. It
+        # is brought there in two steps: devices divide by multiplying with the reciprocal, and that of 24,000, an
+        # outlier which decoders have in their first token, is subnormal, which devices take for 0.
         largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
-        largest = graph.op("Max", largest, graph.constant(eps**0.5, dtype))
-        row = graph.op("Div", x, largest)
+        step = graph.op("Sqrt", graph.op("Max", largest, graph.constant(eps**0.5, dtype)))
+        halfway = graph.op("Div", x, step)
+        row = graph.op("Div", halfway, step)
         mean = graph.op("ReduceMean", graph.op("Mul", row, row), graph.ints(-1), keepdims=1)
-        least = graph.op("Div", graph.constant(eps**0.5, dtype), largest)
+        least = graph.op("Div", graph.op("Div", graph.constant(eps**0.5, dtype), step), step)
         root = graph.op("Sqrt", graph.op("Add", mean, graph.op("Mul", least, least)))
-        return graph.op("Mul", graph.op("Div", row, root), scale)
+        return graph.op("Mul", graph.op("Div", halfway, graph.op("Mul", step, root)), scale)
 
     def _linear(self, name: str, out: int, across: int, *, bias: bool = False) -> Linear:
         weight, side = self._matrix(name, out, across), self.weights.side(f"{name}.weight")

@@ -10,6 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from saec.errors import BadInput
 from saec.vlm.contract.shape import DecoderShape
+from saec.vlm.contract.signature import Signature
 from saec.vlm.export.linear import Array, Blocks4, SidePath
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -69,3 +70,13 @@ class GraphWeights:
 
     def _read(self, name: str) -> Array:
         return np.asarray(numpy_helper.to_array(self._stored[name], str(self._folder)), np.float32)
+
+
+def tied_table(file: Path, signature: Signature | None) -> Array | None:
+    """Return the embedding table [V, H] that a decoder's graph holds as its last product, if it does, in floats."""
+    if signature is None or not signature.shape.tied:
+        return None
+    for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+        if tensor.name == "lm_head.weight" and tensor.data_type in _FLOATS:
+            return np.asarray(numpy_helper.to_array(tensor, str(file.parent)), np.float32).T
+    return None
