@@ -141,6 +141,16 @@ def test_a_decoder_of_another_configuration_is_found(made: tuple[Path, Signature
     assert {problem.what for problem in found} == sides
 
 
+@pytest.mark.parametrize("field", ["heads", "intermediate_size", "rope_theta", "rms_eps"])
+def test_figures_that_inputs_and_outputs_do_not_show_are_compared_with_the_decoders_own_record(
+    made: tuple[Path, Signature], field: str
+):
+    file, signature = made
+    shape = signature.shape.model_copy(update={field: getattr(signature.shape, field) * 2})
+    found = validate_decoder(file, signature.model_copy(update={"shape": shape}))
+    assert [(problem.what, problem.name) for problem in found] == [("figure", field)]
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "length", "offset", "outside"])
 def test_weights_beside_the_graph_must_be_there_and_whole(made: tuple[Path, Signature], damage: str, tmp_path: Path):
     file, signature = made
@@ -241,6 +251,19 @@ def test_what_cannot_be_renamed_is_refused_and_nothing_is_overwritten(dot):
     with pytest.raises(BadInput, match=r"there is a file already.*decoder\.bin"):
         rename(file, "genie", other / "genie.onnx")
     assert (other / "decoder.bin").read_text() == "somebody else's"
+    with pytest.raises(BadInput, match="cannot be written"):
+        rename(file, "genie", file / "genie.onnx")
+
+
+def test_nothing_stays_of_a_renaming_that_fails(dot, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    file, _, _ = dot
+    monkeypatch.setattr("saec.vlm.export.rename.write_atomic", full)
+    with pytest.raises(BadInput, match="No space left"):
+        rename(file, "genie", file.parent / "new" / "genie.onnx")
+    assert not list((file.parent / "new").iterdir())
 
 
 # -- on the command line
@@ -252,6 +275,8 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_1(dot):
     file, _, _ = dot
     assert saec("vlm", "validate", file).code == 0
     assert saec("vlm", "validate", file, "--config", file.parent, "--json").code == 0
+    assert "figure" in saec("vlm", "validate", file, "--cache", 13).out
+    assert saec("vlm", "validate", file.with_name("none.onnx")).error()
     found = saec("vlm", "validate", file, "--kv-style", "genie", "--json")
     tree = json.loads(found.out)
     assert found.code == 1

@@ -47,15 +47,15 @@ def validate(
 ) -> None:
     """Compare inputs and outputs of a decoder with what its model's configuration asks for; exit code 1 if they differ.
 
-    Names, shapes and number formats count, and that all weights are there. What is not given is as the target's own
-    record says.
+    Names, shapes and number formats count, and that all weights are there; of an exported model also that no file has
+    changed since. What is not given is as the target's own record says.
     """
     from saec.cli.console import print_json, print_tables, say
     from saec.errors import GateFailed
     from saec.vlm.contract.bundle import read_bundle
     from saec.vlm.export.validate import stored_signature, validate_bundle, validate_decoder
 
-    bundle = read_bundle(target, hashes=False) if target.is_dir() else None
+    bundle = read_bundle(target) if target.is_dir() else None
     stored = bundle.signature if bundle else stored_signature(target)
     signature = _asked(target, stored, config, {"style": kv_style, "cache": cache, "n": ar, "dtype": dtype})
     if bundle:

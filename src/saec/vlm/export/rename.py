@@ -11,6 +11,7 @@ from typing import Literal
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
+from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.vlm.contract.signature import Style, kv_name
 from saec.vlm.export.decoder import METADATA
@@ -29,7 +30,8 @@ def rename(source: Path, style: Style, out: Path) -> list[Path]:
     Weights that lie beside the graph are copied beside ``out``. Nothing is computed anew, so logits stay bit-equal.
 
     Raises:
-        BadInput: not a readable model, nothing to rename, a new name that is taken, or another file in the way.
+        BadInput: not a readable model, nothing to rename, a new name that is taken, another file in the way, or an
+            ``out`` that cannot be written; then nothing stays of it.
     """
     if out.exists():
         raise BadInput("there is a file already", where=out, fix="pass another --out")
@@ -41,10 +43,21 @@ def rename(source: Path, style: Style, out: Path) -> list[Path]:
         called = signature.model_copy(update={"style": style})
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         helper.set_model_props(model, metadata | {METADATA: called.model_dump_json()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = _weights(source, model.graph, out.parent)
-    out.write_bytes(model.SerializeToString())
-    return [out, *beside]
+    weights = _weights(source, model.graph, out.parent)
+    written = []
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for file in weights:
+            written.append(out.parent / file.name)
+            shutil.copyfile(file, written[-1])
+        write_atomic(out, model.SerializeToString())
+    except BaseException as error:
+        for copy in written:
+            copy.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise BadInput(f"cannot be written ({error.strerror})", where=out) from None
+    return [out, *written]
 
 
 def _renamed(graph: onnx.GraphProto, style: Style, source: Path) -> dict[str, str]:
@@ -95,17 +108,19 @@ def _apply(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def _weights(source: Path, graph: onnx.GraphProto, folder: Path) -> list[Path]:
-    """Copy the weights that lie beside ``source`` into ``folder``; return the copies."""
+    """Return the weights beside ``source`` that have to be copied into ``folder``.
+
+    Raises:
+        BadInput: they are missing, or others are in their place.
+    """
     outside: Iterable[onnx.TensorProto] = (w for w in graph.initializer if w.data_location == TensorProto.EXTERNAL)
-    copies = []
+    wanted = []
     for file in sorted({external_file(source, weight) for weight in outside}):
         target = folder / file.name
         if not file.is_file():
             raise BadInput("the weights are missing", where=file, fix="export the model again")
-        if target.exists():
-            if not target.samefile(file):
-                raise BadInput("there is a file already", where=target, fix="pass --out in another folder")
-            continue
-        shutil.copyfile(file, target)
-        copies.append(target)
-    return copies
+        if not target.exists():
+            wanted.append(file)
+        elif not target.samefile(file):
+            raise BadInput("there is a file already", where=target, fix="pass --out in another folder")
+    return wanted

@@ -19,15 +19,18 @@ from saec.vlm.contract.signature import Signature, TensorSpec
 from saec.vlm.export.decoder import METADATA
 from saec.vlm.export.embedding import embedding_specs
 
-Kind = Literal["missing", "unexpected", "duplicate", "shape", "dtype", "weights"]
+Kind = Literal["missing", "unexpected", "duplicate", "shape", "dtype", "weights", "value"]
+
+_UNSEEN = ("heads", "intermediate_size", "rope_theta", "rms_eps")
+"""Figures of a decoder that its inputs and outputs do not show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: ``what`` is an input, an output or a weight of ``file``."""
+    """One thing that is wrong: ``what`` is an input, an output, a weight or a stated figure of ``file``."""
 
     file: str
-    what: Literal["input", "output", "weight"]
+    what: Literal["input", "output", "weight", "figure"]
     name: str
     kind: Kind
     expected: str = ""
@@ -40,7 +43,9 @@ def validate_decoder(file: Path, signature: Signature) -> list[Problem]:
     Raises:
         BadInput: not a readable ONNX file.
     """
-    return validate_graph(file, signature.inputs, signature.outputs)
+    stored = stored_signature(file)
+    unseen = [] if stored is None else _figures(file, signature, stored)
+    return [*validate_graph(file, signature.inputs, signature.outputs), *unseen]
 
 
 def validate_bundle(folder: Path, bundle: Bundle) -> list[Problem]:
@@ -52,7 +57,7 @@ def validate_bundle(folder: Path, bundle: Bundle) -> list[Problem]:
     signature, vision = bundle.signature, bundle.vision
     hidden = signature.shape.hidden_size
     problems = validate_decoder(folder / DECODER, signature)
-    if signature.embeddings == "outside":
+    if EMBEDDING in bundle.files:
         ids, embeds = embedding_specs(hidden, signature.dtype)
         problems += validate_graph(folder / EMBEDDING, [ids], [embeds])
     if vision is not None:
@@ -82,6 +87,8 @@ def read_graph(file: Path) -> onnx.ModelProto:
     """
     try:
         model = onnx.load(file, load_external_data=False)
+    except OSError as error:
+        raise BadInput(f"cannot be read ({error.strerror})", where=file) from None
     except Exception as error:  # noqa: BLE001 - protobuf's errors have no common base
         raise BadInput(f"not a readable ONNX file ({error})", where=file) from None
     if not model.graph.output:
@@ -112,6 +119,16 @@ def external_file(file: Path, weight: onnx.TensorProto) -> Path:
     if not location or Path(location).name != location:
         raise BadInput(f"the weight {weight.name} lies outside of the model's folder ({location})", where=file)
     return file.parent / location
+
+
+def _figures(file: Path, wanted: Signature, stored: Signature) -> Iterator[Problem]:
+    """Compare what the signature in a decoder's metadata says of it, and its inputs and outputs do not show."""
+    figures = [(name, getattr(wanted.shape, name), getattr(stored.shape, name)) for name in _UNSEEN]
+    if stored.n is None:
+        figures.append(("cache", wanted.cache, stored.cache))
+    for name, expected, found in figures:
+        if expected != found:
+            yield Problem(file.name, "figure", name, "value", f"{expected:g}", f"{found:g}")
 
 
 def _compared(
