@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,6 +70,33 @@ def test_a_bundle_with_a_file_missing_is_made_again(tiny: Path, exports: list[st
     read_bundle(folder)
 
 
+def test_what_a_killed_export_left_is_cleared_away_by_the_next(tiny: Path, exports: list[str]):
+    folder = ready_bundle(settings(tiny))
+    (folder / DECODER).unlink()
+    left, others = folder.with_name(f".{folder.name}.x1y2z3"), folder.with_name(".other-int8.x1y2z3")
+    for each in (left, others):
+        (each / "new").mkdir(parents=True)
+    assert ready_bundle(settings(tiny)) == folder
+    assert not left.exists() and others.exists()
+
+
+def test_whatever_is_changed_about_a_checkpoint_or_its_adapter_makes_another_bundle(
+    tiny: Path, exports: list[str], tmp_path: Path
+):
+    base, adapter = shutil.copytree(tiny / "smolvlm", tmp_path / "base"), tmp_path / "adapter"
+    shutil.copytree(tiny / "adapter", adapter)
+    wanted = MllmSettings(model=str(base), adapter=adapter)
+    folders = {ready_bundle(wanted)}
+    for file, key, value in (
+        (base / "config.json", "image_token_id", 3),
+        (base / "chat_template.json", "chat_template", "{{ messages }}"),
+        (adapter / "adapter_config.json", "lora_alpha", 1),
+    ):
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+        folders.add(ready_bundle(wanted))
+    assert len(folders) == 4
+
+
 def test_who_finds_the_bundle_needs_no_exporter(tiny: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "saec.vlm.export.bundle", None)  # as if onnx were not installed
     with pytest.raises(BadInput, match=r"saec\[export\]"):
@@ -86,6 +114,8 @@ def test_the_folder_of_a_bundle_is_taken_as_it_is(tiny: Path, exports: list[str]
     assert ready_bundle(MllmSettings(model=str(mine))) == mine and not exports
     with pytest.raises(BadInput, match="adapter inside"):
         ready_bundle(MllmSettings(model=str(mine), adapter=tiny / "adapter"))
+    with pytest.raises(BadInput, match="an exported model"):
+        export_bundle(str(mine), tmp_path / "again")
 
 
 def test_a_model_that_is_not_here_is_refused_in_one_line(exports: list[str], tmp_path: Path):

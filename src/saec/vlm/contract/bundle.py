@@ -115,7 +115,7 @@ def read_bundle(folder: Path, *, hashes: bool = True) -> Bundle:
         path = folder / name
         if not path.is_file() or path.stat().st_size != file.size or (hashes and sha256_file(path) != file.sha256):
             what = "damaged: missing, or not the file that was exported"
-            raise BadInput(what, where=path, fix="export the model again")
+            raise BadInput(what, where=path, fix="remove the folder and export the model again")
     return bundle
 
 

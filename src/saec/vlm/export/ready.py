@@ -17,7 +17,7 @@ from saec.errors import BadInput
 from saec.vlm.contract.bundle import RECORD, read_bundle
 from saec.vlm.export.source import find_source
 from saec.vlm.gather import alone
-from saec.vlm.registry import CACHE_ENV, cache_folder
+from saec.vlm.registry import CACHE_ENV, cache_folder, names
 from saec.vlm.trained import as_trained
 
 
@@ -30,7 +30,7 @@ def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | No
     Raises:
         BadInput: no such model, one that cannot be exported, or a cache that cannot be written.
     """
-    if (Path(settings.model) / RECORD).is_file():
+    if settings.model not in names() and (Path(settings.model) / RECORD).is_file():
         if settings.adapter is not None:
             fix = "export the model with this adapter"
             raise BadInput("a bundle has its adapter inside", where=settings.adapter, fix=fix)
@@ -44,12 +44,19 @@ def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | No
         if not _usable(folder):
             with alone(folder.with_name(f".{name}")):
                 if not _usable(folder):  # another process may have made it while this one waited
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _clear(folder)
                     _export(wanted, folder, progress)
     except (OSError, sqlite3.Error) as error:
         what = f"cannot write the model cache ({error})"
         raise BadInput(what, where=folder, fix=f"set {CACHE_ENV}") from None
     return folder
+
+
+def _clear(folder: Path) -> None:
+    """Remove a damaged bundle, and what exports that were killed left beside it."""
+    for left in folder.parent.iterdir():
+        if left.is_dir() and (left == folder or left.name.startswith(f".{folder.name}.")):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _usable(folder: Path) -> bool:

@@ -9,12 +9,13 @@ from typing import Literal, get_args
 
 from saec.data.hashing import sha256_file, sha256_json
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import BundleFamily, Precision
+from saec.vlm.contract.bundle import RECORD, BundleFamily, Precision
 from saec.vlm.contract.signature import Style
 from saec.vlm.fingerprint import fingerprint
 from saec.vlm.prompt import VERSION
 from saec.vlm.registry import entry, names, resolve
-from saec.vlm.trained import LOUPE, SHIPPED, WEIGHTS, adapter_id, check_adapter, check_origin, read_record
+from saec.vlm.sources import RECORD as PULLED
+from saec.vlm.trained import CONFIG, LOUPE, SHIPPED, WEIGHTS, adapter_id, check_adapter, check_origin, read_record
 
 EXPORTER = 2
 """Raised when the same source gives another graph: bundles made before it are made again."""
@@ -71,9 +72,14 @@ class Source:
         parts: Sequence[Part] = PARTS,
         layout: Layout | None = None,
     ) -> str:
-        """Return a hash of base, adapter, prompt and exporter, and of what a bundle is asked to be."""
-        adapter = None if self.adapter is None else sha256_file(self.adapter / WEIGHTS)
-        origin = {"exporter": EXPORTER, "base": self.base, "adapter": adapter, "prompt": VERSION}
+        """Return a hash of base, adapter, prompt and exporter, and of what a bundle is asked to be.
+
+        Of a base that is the weights, and what the files beside them say: configuration, tokenizer, chat template.
+        """
+        adapter = None if self.adapter is None else [sha256_file(self.adapter / name) for name in (WEIGHTS, CONFIG)]
+        small = (file for file in self.place.glob("*") if file.suffix in (".json", ".jinja") and file.name != PULLED)
+        said = {file.name: sha256_file(file) for file in small}
+        origin = {"exporter": EXPORTER, "base": self.base, "said": said, "adapter": adapter, "prompt": VERSION}
         asked = {"precision": precision, "context": context, "n": n, "parts": sorted(parts)}
         return sha256_json({**origin, **asked, **asdict(layout or Layout())})
 
@@ -97,6 +103,8 @@ def find_source(model: str, adapter: Path | None = None) -> Source:
             raise BadInput("no such file", where=path)
         found, made_of = Source(path.stem, "text", path, sha256_file(path), adapter), "LlamaForCausalLM"
     else:
+        if (path / RECORD).is_file():
+            raise BadInput("this is an exported model", where=path, fix="pass the checkpoint it was exported from")
         folder = resolve(model).folder
         config = read_record(folder / "config.json")
         kind = str(config.get("model_type"))
