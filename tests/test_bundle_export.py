@@ -232,6 +232,32 @@ def test_damaged_files_are_refused_by_name(tiny: Path, tmp_path: Path):
     refused("no tokenizer.json", copy, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("config.json", {"image_token_id": None, "image_token_index": None}, "which token stands for an image"),
+        ("config.json", {"image_token_id": 99_999, "image_token_index": None}, "has token 99999"),
+        ("config.json", {"text_config": "x"}, "text_config is no object"),
+        ("config.json", {"vision_feature_layer": 9}, "layer 9 of 2"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "three numbers"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "three numbers"),
+    ],
+)
+def test_a_figure_that_cannot_be_is_refused(tiny: Path, tmp_path: Path, file: str, change: dict[str, Any], match: str):
+    copy = shutil.copytree(tiny / "llava", tmp_path / "copy")
+    (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **change}))
+    refused(match, copy, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tiny: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny / "qwen2", tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["one more"] = 5000
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused("has token 5000", copy, tmp_path / "out")
+
+
 def test_a_folder_in_use_is_left_as_it_is(tiny: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

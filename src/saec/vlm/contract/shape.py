@@ -58,7 +58,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
         BadInput: another architecture, or a feature that the decoder graph does not have (scaled rotary positions,
             sliding windows, other activations); the message names it.
     """
-    text = config.get("text_config") or config.get("llm_config") or config
+    text = _part(config, "text_config", where) or _part(config, "llm_config", where) or config
     kind = str(text.get("model_type", "none"))
     family = _FAMILIES.get(kind)
     if family is None:
@@ -66,7 +66,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
         raise BadInput(f"unknown architecture {kind}", where=where, fix=f"decoders of {known} can be exported")
     _refuse_unknown(text, where)
     text = {**_DEFAULTS[family], **text}
-    rope = text.get("rope_parameters") or {}
+    rope = _part(text, "rope_parameters", where)
     bias = bool(text.get("attention_bias", False))
     try:
         heads = int(text["num_attention_heads"])
@@ -92,9 +92,16 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
         raise BadInput(f"the configuration cannot be used ({problem})", where=where) from None
 
 
+def _part(config: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
+    """Return a part of the configuration, empty where there is none."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise BadInput(f"the configuration cannot be used ({key} is no object)", where=where)
+    return found
+
+
 def _refuse_unknown(text: Mapping[str, Any], where: object) -> None:
-    scaling = text.get("rope_scaling") or {}
-    parameters = text.get("rope_parameters") or {}
+    scaling, parameters = _part(text, "rope_scaling", where), _part(text, "rope_parameters", where)
     kind = scaling.get("rope_type") or scaling.get("type") or parameters.get("rope_type") or "default"
     problems = {
         f"rotary positions of type {kind}": kind != "default",

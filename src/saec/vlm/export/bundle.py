@@ -11,7 +11,7 @@ from saec.errors import BadInput
 from saec.vlm.contract.bundle import DECODER, EMBEDDING, TOKENIZER, VISION, Bundle, Precision, Vision, write_bundle
 from saec.vlm.contract.shape import DecoderShape
 from saec.vlm.contract.signature import Signature
-from saec.vlm.export.checkpoint import open_source
+from saec.vlm.export.checkpoint import Opened, open_source
 from saec.vlm.export.decoder import METADATA, build_decoder
 from saec.vlm.export.embedding import build_embedding
 from saec.vlm.export.source import PARTS, Layout, Part, find_source
@@ -60,6 +60,7 @@ def export_bundle(
     source = find_source(model, adapter)
     tell("reading")
     opened = open_source(source, precision)
+    _check_tokens(opened, source.place)
     with whole(out) as folder:
         vision = None
         if opened.vision is not None and "vision" in parts:
@@ -89,6 +90,18 @@ def export_bundle(
             prompt=opened.prompt,
         )
         return write_bundle(folder, bundle)
+
+
+def _check_tokens(opened: Opened, where: Path) -> None:
+    """Refuse a tokenizer of another checkpoint: tokens that have no embedding, or none that stands for an image."""
+    prompt, ids = opened.prompt, opened.tokenizer.get_vocab(with_added_tokens=False).values()
+    largest = max(*ids, *prompt.ends, prompt.image_token or 0)
+    fix = "take tokenizer, configuration and weights from one checkpoint"
+    if largest >= opened.shape.vocab_size:
+        what = f"the tokenizer or the configuration has token {largest}, the decoder {opened.shape.vocab_size} tokens"
+        raise BadInput(what, where=where, fix=fix)
+    if opened.vision is not None and prompt.image_token is None:
+        raise BadInput("the configuration does not say which token stands for an image", where=where, fix=fix)
 
 
 def _signature(

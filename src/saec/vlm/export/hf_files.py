@@ -64,28 +64,34 @@ def read_preprocess(folder: Path, side: int) -> Preprocess:
     in pixels of the image.
 
     Raises:
-        BadInput: no mean or standard deviation of pixels is given.
+        BadInput: no mean or standard deviation of pixels is given, or what is given are not three numbers each.
     """
     own, processor = (_record(folder / name) for name in ("preprocessor_config.json", "processor_config.json"))
     found = {**processor.get("image_processor", {}), **own}
     try:
         mean, std = (tuple(map(float, found[key])) for key in ("image_mean", "image_std"))
-    except (KeyError, TypeError) as error:
+        return Preprocess(
+            side=side,
+            place="centre" if found.get("do_pad") and found.get("do_center_crop") else "corner",
+            fill=tuple(float(round(255 * value)) for value in mean),
+            mean=mean,
+            std=std,
+        )
+    except KeyError as error:
         raise BadInput(f"the processor's configuration lacks {error}", where=folder) from None
-    return Preprocess(
-        side=side,
-        place="centre" if found.get("do_pad") and found.get("do_center_crop") else "corner",
-        fill=tuple(float(round(255 * value)) for value in mean),
-        mean=mean,
-        std=std,
-    )
+    except (TypeError, ValueError):
+        what = "image_mean and image_std of the processor's configuration are not three numbers each"
+        raise BadInput(what, where=folder) from None
 
 
 def _ends(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
     text = config.get("text_config") or {}
     stated = [_record(folder / "generation_config.json"), text, config]
     found = next((one["eos_token_id"] for one in stated if one.get("eos_token_id") is not None), ())
-    ends = {int(end) for end in (found if isinstance(found, list | tuple) else [found])}
+    try:
+        ends = {int(end) for end in (found if isinstance(found, list | tuple) else [found])}
+    except (TypeError, ValueError):
+        raise BadInput(f"eos_token_id is no token's id: {found}", where=folder) from None
     named = _record(folder / "tokenizer_config.json").get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     own = None if named is None else tokenizer.token_to_id(named)
@@ -96,7 +102,10 @@ def _template(folder: Path) -> str | None:
     """Return the chat template: in a file of its own, or among what the processor or the tokenizer says."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadInput("the chat template is not text in UTF-8", where=file) from None
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         found = _record(folder / name).get("chat_template")
         if isinstance(found, list):  # several by name

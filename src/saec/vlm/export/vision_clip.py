@@ -53,10 +53,10 @@ def llava_vision(
     """
     figures = _figures(config, tower)
     chosen = config.get("vision_feature_layer", -2)
-    if not isinstance(chosen, int):
-        raise BadInput("a vision tower with features of several layers cannot be exported", where=str(chosen))
+    if not isinstance(chosen, int) or not -figures.blocks - 1 <= chosen <= figures.blocks:
+        raise BadInput(f"features of layer {chosen} of {figures.blocks} of a vision tower cannot be exported")
     made, pixels, inputs = _begun(figures, precision)
-    x = _encoded(made, pixels, tower, figures, blocks=chosen if chosen >= 0 else figures.blocks + 1 + chosen)
+    x = _encoded(made, pixels, tower, figures, blocks=chosen % (figures.blocks + 1))
     tokens = figures.patches**2 + (figures.kind == _CLIP)
     if config.get("vision_feature_select_strategy", "default") == "default":
         x, tokens = made.without_class(x), tokens - 1
