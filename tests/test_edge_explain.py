@@ -14,7 +14,7 @@ import pytest
 
 from cli_fakes import flat, tree
 from cli_run import process, saec
-from saec.config import Settings
+from saec.config import MllmSettings, Settings
 from saec.types import Query
 from saec.vlm.answers import UnusableAnswer
 from saec.vlm.edge.explain import OnnxExplainer
@@ -47,6 +47,15 @@ def test_an_answer_in_the_asked_form_becomes_kind_and_text_in_the_models_name(se
     assert said is not None
     assert (said.kind, said.text, said.source) == ("surface", "A scratch at the top left.", explainer.model_id)
     assert asked == [("evidence", 8, deadline)]
+
+
+def test_a_part_is_shown_at_the_size_that_the_model_sees(settings, monkeypatch):
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(OnnxVlm, "evidence", lambda self, question, **how: shown.append(question.seen) or JSON)
+    explainer = OnnxExplainer(settings.model_copy(update={"mllm": MllmSettings(threads=1)}))
+    explainer.explain(QUERY, deadline=time.monotonic() + 60)
+    explainer.close()
+    assert shown == [(8, 8)]
 
 
 def test_an_answer_that_is_not_the_asked_form_is_an_error_and_a_late_one_is_none(settings):

@@ -30,14 +30,16 @@ class OnnxExplainer:
         Raises:
             BadInput: it names no model, or one that is not pulled or cannot be exported.
         """
-        self._prompt = as_trained(_of_explain(settings))
+        wanted = as_trained(_of_explain(settings))
         self._max_tokens = settings.explain.max_tokens
         self._thread = ThreadPoolExecutor(1, "saec-explainer", initializer=_give_way)
         try:
-            self._vlm = self._thread.submit(self._load).result()  # its threads are as modest as the one that makes them
+            # Its threads are as modest as the one that makes them.
+            self._vlm = self._thread.submit(lambda: OnnxVlm.load(ready_bundle(wanted), threads=wanted.threads)).result()
         except BaseException:
             self.close()
             raise
+        self._prompt = self._vlm.at_its_size(wanted)
         self.model_id = self._vlm.model_id
 
     def explain(self, query: Query, *, deadline: float) -> Evidence | None:
@@ -51,9 +53,6 @@ class OnnxExplainer:
     def close(self) -> None:
         """Stop the thread once the sentence at hand is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _load(self) -> OnnxVlm:
-        return OnnxVlm.load(ready_bundle(self._prompt), threads=self._prompt.threads)
 
     def _explain(self, query: Query, deadline: float) -> Evidence | None:
         question = build_question(query, Ask.EVIDENCE, self._prompt)
