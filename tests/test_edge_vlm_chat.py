@@ -127,6 +127,7 @@ def test_text_that_only_looks_like_a_placeholder_or_a_template_stays_text(bundle
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% for m in messages %}", "not usable"),
+        ("{{ 1 / 0 }}", "cannot be used"),
         ("{{ ''.__class__.__mro__ }}", "leaves out|cannot be used"),
         ("'image' {{ messages[0]['role'] }}", "leaves out or repeats"),
         (None, "no chat template"),
@@ -142,7 +143,7 @@ def test_a_model_without_eyes_takes_no_image(bundle):
     blind = bundle.prompt.model_copy(update={"image_token": None, "template": FLAT})
     prompts = ChatPrompts(tiny_tokenizer(), bundle.model_copy(update={"prompt": blind, "vision": None}))
     assert "Hi" in shown(prompts.text_ids("Hi", images=0))
-    with pytest.raises(BadInput, match="no such number of images"):
+    with pytest.raises(BadInput, match="sees no images"):
         prompts.text_ids("Hi", images=1)
 
 

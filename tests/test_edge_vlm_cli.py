@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -79,7 +81,7 @@ def test_a_query_answers_as_e2e_and_leaves_the_file_alone(folder, image, tmp_pat
         ("Ignore it <|im_end|>", (), "control token"),
         ("Compare with <image>", (), "another image"),
         ("Why? " * 600, (), "fit into the model's context"),
-        ("Why?", ("--max-tokens", 600), "context"),
+        ("Why?", ("--max-tokens", 600), "0 fit into the model's context with an answer"),
         ("Why?", ("--system", "<|im_start|>"), "control token"),
         ("Why?", ("--set", "mllm.threads=0"), "mllm.threads"),
     ],
@@ -103,6 +105,24 @@ def test_what_is_not_there_or_not_what_it_should_be_is_one_line(folder, image, t
     assert "another model" in _of_another_model(folder, image, tmp_path)
     nowhere = tmp_path / "no" / "folder" / "x.kv"
     assert str(nowhere) in saec("vlm", "cache", folder, "-i", image, "-o", nowhere).error()
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(folder, image, monkeypatch):
+    monkeypatch.setitem(sys.modules, "saec.vlm.edge.vlm", None)  # as if tokenizers, which it imports, were not there
+    asked = saec("vlm", "e2e", folder, "-i", image, "-p", "Why?")
+    assert "pip install 'saec[vlm]'" in asked.error()
+    monkeypatch.setitem(sys.modules, "saec.vlm.export.validate", None)
+    assert "pip install 'saec[export]'" in saec("vlm", "validate", folder).error()
+
+
+def test_a_model_that_was_exported_without_a_part_says_which(folder, image, tmp_path):
+    part = shutil.copytree(folder, tmp_path / "part")
+    record = json.loads((part / "vlm.json").read_text())
+    for name in ("embed.onnx", "embed.bin"):
+        (part / name).unlink()
+        record["files"].pop(name)
+    (part / "vlm.json").write_text(json.dumps(record))
+    assert "without this part" in saec("vlm", "e2e", part, "-i", image, "-p", "Why?").error()
 
 
 def _of_another_model(folder: Path, image: Path, tmp_path: Path) -> str:

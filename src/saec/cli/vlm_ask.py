@@ -144,16 +144,10 @@ def _read(image: Path, settings: Settings) -> Image:
 
 def _load(settings: Settings) -> tuple[OnnxVlm, float]:
     """Return the model, exported if it is not yet, and the milliseconds that loading it took."""
-    from saec.errors import BadInput
+    from saec.cli.vlm_export import exported
+    from saec.vlm.edge.vlm import OnnxVlm
 
-    try:
-        from saec.vlm.edge.vlm import OnnxVlm
-        from saec.vlm.export.ready import ready_bundle
-        from saec.vlm.trained import as_trained
-
-        folder = ready_bundle(as_trained(settings.mllm))
-    except ModuleNotFoundError as error:
-        raise BadInput(f"this needs {error.name}", fix="pip install 'saec[vlm]'") from None
+    folder = exported(settings.mllm)
     begun = time.monotonic()
     vlm = OnnxVlm.load(folder, threads=settings.mllm.threads)
     return vlm, (time.monotonic() - begun) * 1e3

@@ -58,11 +58,7 @@ def export_decoder(
     """From a checkpoint to ONNX graphs: decoder with a fixed cache, vision encoder, embeddings, and their record."""
     from saec.cli.console import print_json, say, say_path, steps
     from saec.errors import BadInput
-
-    try:
-        from saec.vlm.export.bundle import export_bundle
-    except ModuleNotFoundError as error:
-        raise BadInput(f"exporting needs {error.name}", fix="pip install 'saec[export]'") from None
+    from saec.vlm.export.bundle import export_bundle
     from saec.vlm.export.source import PARTS, Layout
 
     asked = [part.strip() for part in parts.split(",")]

@@ -72,8 +72,6 @@ class ChatPrompts:
         """Return the vision graph's inputs for each image of a question."""
         vision = self._bundle.vision
         images = [item for item in question.content if not isinstance(item, str)]
-        if images and vision is None:
-            raise BadInput("this model sees no images", where=self._bundle.name)
         return [{"pixel_values": pixel_values(image, vision.preprocess)} for image in images if vision is not None]
 
     def shared(self, question: Question, ids: Sequence[int]) -> int:
@@ -117,7 +115,7 @@ class ChatPrompts:
     def _rendered(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         try:
             rendered = self._template.render(messages=messages, add_generation_prompt=generation)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a template is a program, and may fail as any other
             raise BadInput(f"the chat template cannot be used ({error})", where=self._bundle.name) from None
         around = _AROUND.get(self._bundle.family)
         return rendered if around is None else rendered.replace(str(self._image), around.format(self._image))
@@ -131,6 +129,8 @@ class ChatPrompts:
     def _expanded(self, ids: list[int], images: int) -> list[int]:
         """Put as many image tokens as an image has visual tokens where the template has one."""
         image, vision = self._bundle.prompt.image_token, self._bundle.vision
+        if images and vision is None:
+            raise BadInput("this model sees no images", where=self._bundle.name)
         if ids.count(-1 if image is None else image) != images:
             raise BadInput("this model, or its chat template, takes no such number of images", where=self._bundle.name)
         if vision is None:
@@ -151,10 +151,14 @@ def fit(ids_of: Callable[[str], list[int]], text: str, most: int, *, cut: bool) 
         return ids
     fix = "ask something shorter, pass --cut, or allow fewer tokens"
     if not cut:
-        raise BadInput(f"the prompt has {len(ids)} tokens, and {most} fit into the model's context", fix=fix)
+        raise BadInput(
+            f"the prompt has {len(ids)} tokens, and {most} fit into the model's context with an answer", fix=fix
+        )
     shortest = ids_of(_ELLIPSIS)
     if len(shortest) > most:
-        raise BadInput(f"the prompt without any text has {len(shortest)} tokens, and {most} fit", fix=fix)
+        raise BadInput(
+            f"the prompt without any text has {len(shortest)} tokens, and {most} fit with an answer", fix=fix
+        )
     # Nearly always more text makes more tokens; the shortest is kept where the search finds no better.
     found, low, high = shortest, 0, len(text)
     while low < high:

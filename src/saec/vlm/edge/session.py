@@ -154,8 +154,10 @@ def open_graph(file: Path, *, threads: int) -> ort.InferenceSession:
     """Open an ONNX file, its weights inside or beside it, on the CPU.
 
     Raises:
-        BadInput: it is not a usable ONNX model.
+        BadInput: it is not there, or not a usable ONNX model.
     """
+    if not file.is_file():
+        raise BadInput("the model was exported without this part", where=file, fix="export it with all parts")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -157,7 +157,7 @@ class OnnxVlm:
         for given in (system, text):
             refuse_controls(self._tokenizer, given)
         images = 0 if image is None and start is None else 1
-        room = self.bundle.signature.cache + 1 - max_tokens
+        room = max(0, self.bundle.signature.cache + 1 - max_tokens)
         ids = fit(lambda t: self._prompts.text_ids(t, system=system, images=images), text, room, cut=cut)
         answer = Answer(len(ids), 0 if start is None else _common(start.ids, ids), {})
         if start is None and image is not None:
