@@ -132,9 +132,12 @@ def test_a_tokenizer_without_single_label_tokens_does_not_start(tmp_path: Path) 
     assert "is not one token" in refusal_to_start(local(glued))
 
 
-def test_an_adapter_for_another_base_does_not_start(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_another_base_does_not_start(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = save_tiny_adapter(save_tiny("qwen2.5-vl", tmp_path / "other", seed=1), tmp_path / "adapter", seed=1)
     assert "another base" in refusal_to_start(local(folder, adapter=str(other)))
+    assert not [record for record in caplog.records if record.exc_info]  # one line says it all
 
 
 def test_an_endpoint_that_is_not_there_does_not_start(folder: Path) -> None:

@@ -50,7 +50,8 @@ def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started
         try:
             await endpoints.warm_up()
         except Exception as error:  # a model may fail in any way; /healthz and the caller must hear of it
-            logger.exception("the backend did not start")
+            if not isinstance(error, BadInput):  # which says in one line all that there is to say
+                logger.exception("the backend did not start")
             endpoints.status, failure = "failed", error
         if on_started is not None:
             on_started(failure)
