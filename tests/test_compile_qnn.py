@@ -169,7 +169,7 @@ def test_fastvlms_decoder_compiles_without_the_cpu(tmp_path: Path) -> None:
 
     assert list(record.result.placement) == ["QNNExecutionProvider"]
     assert record.size > 900e6
-    assert record.result.compared["logits"].max_abs < 0.05
+    assert record.result.compared["logits"].max_abs < 0.02 * record.result.compared["logits"].largest
 
 
 @compiler
