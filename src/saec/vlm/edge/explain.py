@@ -8,6 +8,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from saec.config import MllmSettings, Settings
 from saec.errors import BadInput
 from saec.types import Evidence, Query
@@ -21,26 +23,27 @@ _NICE = 10
 """A tenth of a busy processor, as Linux shares it out: the line's verdicts keep their pace, a sentence its budget."""
 
 
+_PROBE = Query("probe", "probe", np.full((64, 64, 3), 127, np.uint8), (64, 64))
+
+
 class OnnxExplainer:
     """Explains with ONNX Runtime, in a thread that gives way to the line; see :class:`saec.types.Explainer`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Load the model of ``settings.explain`` in the precision and on the threads of ``settings.mllm``.
+        """Load the model of ``settings.explain`` in the precision and on the threads of ``settings.mllm``; ask it once.
 
         Raises:
-            BadInput: it names no model, or one that is not pulled or cannot be exported.
+            BadInput: it names no model, one that is not pulled or cannot be exported, or one that takes no question
+                about an image.
         """
-        wanted = as_trained(_of_explain(settings))
+        self._prompt = as_trained(_of_explain(settings))
         self._max_tokens = settings.explain.max_tokens
         self._thread = ThreadPoolExecutor(1, "saec-explainer", initializer=_give_way)
         try:
-            # Its threads are as modest as the one that makes them.
-            self._vlm = self._thread.submit(lambda: OnnxVlm.load(ready_bundle(wanted), threads=wanted.threads)).result()
+            self._thread.submit(self._load).result()  # the model's threads are as modest as the one that makes them
         except BaseException:
             self.close()
             raise
-        self._prompt = self._vlm.at_its_size(wanted)
-        self.model_id = self._vlm.model_id
 
     def explain(self, query: Query, *, deadline: float) -> Evidence | None:
         """Return kind and text, or ``None`` at the deadline.
@@ -53,6 +56,12 @@ class OnnxExplainer:
     def close(self) -> None:
         """Stop the thread once the sentence at hand is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self) -> None:
+        self._vlm = OnnxVlm.load(ready_bundle(self._prompt), threads=self._prompt.threads)
+        self._prompt = self._vlm.at_its_size(self._prompt)
+        self.model_id = self._vlm.model_id
+        self._vlm.evidence(build_question(_PROBE, Ask.EVIDENCE, self._prompt), max_tokens=1)
 
     def _explain(self, query: Query, deadline: float) -> Evidence | None:
         question = build_question(query, Ask.EVIDENCE, self._prompt)
