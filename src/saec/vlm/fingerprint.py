@@ -19,7 +19,7 @@ def fingerprint(folder: Path) -> str:
     try:
         for file in sorted(folder.glob("*.safetensors")):
             _add(file, digest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"the weights cannot be read ({error})", where=folder) from None
     return digest.hexdigest()
 
