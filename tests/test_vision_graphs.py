@@ -172,7 +172,7 @@ def test_sizes_that_the_configuration_does_not_state_are_those_of_the_weights(tm
     ("change", "named"),
     [
         ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
-        ({"vision_feature_layer": [-2, -1]}, "several layers"),
+        ({"vision_feature_layer": [-2, -1]}, "features of layer"),
         ({"projector_hidden_act": "relu6"}, "relu6"),
     ],
 )
