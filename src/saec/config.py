@@ -179,8 +179,8 @@ class MllmSettings(PromptSettings):
     workers: int = Field(4, ge=1, description="Threads that prepare images while the model is busy.")
     runtime: Literal["auto", "onnx", "transformers"] = Field(
         "auto",
-        description="What runs it: ONNX Runtime (no torch, exported once into the model cache) or Hugging Face classes. "
-        "auto: onnx for Loupe on a CPU, else transformers.",
+        description="What runs it: ONNX Runtime (exported once into the model cache) or Hugging Face classes; "
+        "auto is onnx for Loupe on a CPU, else transformers.",
     )
     precision: Literal["float32", "int8", "int4"] = Field("int8", description="Number format under onnx.")
     threads: int = Field(2, ge=1, description="Threads of ONNX Runtime under onnx.")
@@ -189,7 +189,9 @@ class MllmSettings(PromptSettings):
 class ExplainSettings(Section):
     """A sentence on each reject from a VLM on the edge, where no cloud says anything."""
 
-    model: str | None = Field(None, description="Model that explains: loupe, or the folder of an exported one; or none.")
+    model: str | None = Field(
+        None, description="Model that explains: loupe, or the folder of an exported one; or none."
+    )
     budget_ms: float = Field(3000.0, gt=0, description="Longest time for one sentence; after it the boxes stand alone.")
     max_tokens: int = Field(96, ge=8, description="Longest answer, in tokens.")
 
