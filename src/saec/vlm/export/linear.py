@@ -98,7 +98,7 @@ def dense(weight: Array | Blocks4) -> Array:
 
 def emit(graph: Graph, x: str, layer: Linear, precision: Precision) -> str:
     """Add a layer to a graph and return its output [..., out]."""
-    # What decides between tokens costs more agreement in 4 bit, or with inputs of 8, than all other layers together.
+    # What decides between tokens gets the most bits: docs/design.md has what fewer cost.
     if precision == "int8" or (precision == "int4" and layer.logits):
         y = _int8(graph, x, layer)
     elif precision == "int4" and layer.sizes[1] % BLOCK == 0:
