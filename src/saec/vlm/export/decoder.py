@@ -186,8 +186,8 @@ class _Decoder:
             root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps, dtype)))
             return graph.op("Mul", graph.op("Div", x, root), scale)
         # Squares of large activations do not fit into float16, so the mean is taken of a row of magnitudes up to 1. It
-        # is brought there in two steps: devices divide by multiplying with the reciprocal, and that of 24,000, an
-        # outlier which decoders have in their first token, is subnormal, which devices take for 0.
+        # is brought there in two steps: QNN's answers are those of a product with the reciprocal, and that of 24,000,
+        # an outlier which decoders have in their first token, is subnormal, which is taken for 0.
         largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
         step = graph.op("Sqrt", graph.op("Max", largest, graph.constant(eps**0.5, dtype)))
         halfway = graph.op("Div", x, step)
