@@ -50,11 +50,7 @@ def quantize(
     from saec.errors import BadInput
     from saec.evaluate.table import Table
     from saec.vlm.contract.bundle import read_bundle
-
-    try:
-        from saec.vlm.export.quantize import quantize as write
-    except ModuleNotFoundError as error:
-        raise BadInput(f"rounding needs {error.name}", fix="pip install 'saec[export]'") from None
+    from saec.vlm.export.quantize import quantize as write
 
     if (images is None) == (prompts is None):
         raise BadInput("rounding is measured on real examples", fix="pass --images DIR, or --prompts FILE.txt")
@@ -126,7 +122,8 @@ def _texts(file: Path, count: int) -> list[Example]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"prompts cannot be read ({error})", where=file) from None
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise BadInput(f"prompts cannot be read ({why})", where=file) from None
     return [
         Example(f"{file.name}:{number}", hashlib.sha256(line.encode()).hexdigest(), line)
         for number, line in enumerate(lines[:count], 1)

@@ -43,6 +43,12 @@ def mirrored(question: Question, count: int) -> tuple[Question, ...]:
     return tuple(_flipped(question, each) for each in axes[:count])
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the log-probabilities [V] of all tokens."""
+    below = logits.astype(np.float64) - logits.max()
+    return np.asarray(below - np.log(np.exp(below).sum()))
+
+
 def decisions(log_probabilities: NDArray[np.float64]) -> list[Decision]:
     """Return the decisions from the log-probabilities [views, B, 2] of the labels 0 and 1 among all tokens."""
     mass = np.minimum(np.exp(log_probabilities).sum(axis=2).mean(axis=0), 1.0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from saec.config import MllmSettings
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import Bundle
+from saec.vlm.contract.bundle import TOKENIZER, Bundle
 from saec.vlm.edge.chat import ChatPrompts, Feeds
 from saec.vlm.loupe.inputs import LoupePrompts
 from saec.vlm.prompt import Question
@@ -33,6 +34,21 @@ class Prompts(Protocol):
     def shared(self, question: Question, ids: Sequence[int]) -> int:
         """Return how many ids begin the prompts of all parts that are shown with the same references."""
         ...
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a bundle, which cuts and pads nothing.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exceptions
+        raise BadInput(f"not a usable tokenizer ({error})", where=folder / TOKENIZER) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def prompts_of(bundle: Bundle, tokenizer: Tokenizer) -> Prompts:

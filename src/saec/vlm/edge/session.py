@@ -141,13 +141,20 @@ class _Step:
         new = len(embeds)
         pad = self._n - new
         self._embeds[0, pad:] = embeds
-        self._positions[0, pad:] = np.arange(cached, cached + new)
-        mask = self._mask[0, 0]
-        mask[:] = 0
-        mask[pad:, :cached] = 1
-        mask[pad:, self._room + pad :] = np.tri(new)
+        place_tokens(self._mask, self._positions, cached, new)
         self._graph.run_with_iobinding(self._binding)
         return self._logits[0, -1], self._keys[..., pad:], self._values[..., pad:, :]
+
+
+def place_tokens(mask: NDArray[Any], positions: NDArray[np.int32], cached: int, new: int) -> None:
+    """Fill in the inputs of a step: ``new`` tokens stand at the end of ``positions`` [1, n], and in ``mask``
+    [1, 1, n, room + n] see the first ``cached`` places of the cache, those before them, and themselves."""
+    n = positions.shape[1]
+    pad, room = n - new, mask.shape[3] - n
+    positions[0, pad:] = np.arange(cached, cached + new)
+    mask[:] = 0
+    mask[0, 0, pad:, :cached] = 1
+    mask[0, 0, pad:, room + pad :] = np.tri(new)
 
 
 def open_graph(file: Path, *, threads: int) -> ort.InferenceSession:

@@ -22,15 +22,15 @@ from saec.config import MllmSettings
 from saec.errors import BadInput
 from saec.types import Image
 from saec.vlm.answers import Decision
-from saec.vlm.contract.bundle import TOKENIZER, Bundle, read_bundle
+from saec.vlm.contract.bundle import Bundle, read_bundle
 from saec.vlm.edge.chat import fit, refuse_controls
-from saec.vlm.edge.family import at_its_size, prompts_of
+from saec.vlm.edge.family import at_its_size, open_tokenizer, prompts_of
 from saec.vlm.edge.generate import GREEDY, Answer, Sampling, generate
 from saec.vlm.edge.graphs import Graphs
 from saec.vlm.edge.kv import Prefix
 from saec.vlm.edge.session import Conversation
 from saec.vlm.edge.store import Start
-from saec.vlm.looks import decisions
+from saec.vlm.looks import decisions, log_softmax
 from saec.vlm.prompt import Ask, Question, ask_evidence
 
 
@@ -63,12 +63,7 @@ class OnnxVlm:
             BadInput: no bundle, or a damaged one.
         """
         bundle = read_bundle(folder)
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exceptions
-            raise BadInput(f"not a usable tokenizer ({error})", where=folder / TOKENIZER) from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = open_tokenizer(folder)
         return cls(bundle, tokenizer, Graphs.load(folder, bundle, threads=threads), prefixes=prefixes)
 
     def at_its_size(self, settings: MllmSettings) -> MllmSettings:
@@ -88,10 +83,8 @@ class OnnxVlm:
             raise BadInput("this model was exported without labels: it cannot decide", where=self.bundle.name)
         ids = self._prompts.ids(question)
         conversation = self._begun(question, ids)
-        fed = self._graphs.feed(conversation, ids, lambda: self._prompts.pictures(question), timing_ms)
-        logits = fed.astype(np.float64) - fed.max()
-        found = logits[list(labels)] - np.log(np.exp(logits).sum())
-        return found, Seen(question, tuple(ids), conversation)
+        logits = self._graphs.feed(conversation, ids, lambda: self._prompts.pictures(question), timing_ms)
+        return log_softmax(logits)[list(labels)], Seen(question, tuple(ids), conversation)
 
     def decide(self, question: Question, timing_ms: dict[str, float] | None = None) -> tuple[Decision, Seen]:
         """Decide one question from one look; see :meth:`look`."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType
 from onnxruntime.quantization import quantize as quantize_graph
@@ -22,6 +21,7 @@ from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
 from saec.vlm.contract.signature import Signature
 from saec.vlm.edge.kv import Cache
+from saec.vlm.edge.session import open_graph
 from saec.vlm.export.decoder import METADATA, DecoderWeights, build_decoder
 from saec.vlm.export.feeds import Feeds, step_feeds
 
@@ -76,10 +76,7 @@ class _Steps(CalibrationDataReader):
     """All steps of all prompts, the cache filled in by the float graph."""
 
     def __init__(self, graph: Path, signature: Signature, prompts: Sequence[NDArray[Any]]) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.log_severity_level = 3
-        self._graph = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._graph = open_graph(graph, threads=2)
         self._signature = signature
         self._feeds = self._all(prompts)
 

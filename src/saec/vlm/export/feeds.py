@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from saec.vlm.contract.signature import Signature
 from saec.vlm.edge.kv import Cache
+from saec.vlm.edge.session import place_tokens
 from saec.vlm.export.decoder import rotary_tables
 
 Feeds = dict[str, NDArray[Any]]
@@ -20,14 +21,11 @@ def step_feeds(signature: Signature, cache: Cache, new: NDArray[Any]) -> Feeds:
     ``new`` are embeddings [k, H], or token ids [k] where the graph holds the table; k is at most the signature's n.
     """
     rows, count = signature.n or len(new), len(new)
-    pad, room = rows - count, cache.room
-    mask = np.zeros((1, 1, rows, room + rows), signature.dtype)
-    mask[..., pad:, : cache.length] = 1
-    mask[..., pad:, room + pad :] = np.tri(count)
-    tokens = np.zeros((1, rows, *new.shape[1:]), np.int32 if new.ndim == 1 else signature.dtype)
-    tokens[0, pad:] = new
+    mask = np.zeros((1, 1, rows, cache.room + rows), signature.dtype)
     positions = np.zeros((1, rows), np.int32)
-    positions[0, pad:] = np.arange(cache.length, cache.length + count)
+    place_tokens(mask, positions, cache.length, count)
+    tokens = np.zeros((1, rows, *new.shape[1:]), np.int32 if new.ndim == 1 else signature.dtype)
+    tokens[0, rows - count :] = new
     if signature.rope == "inside":
         placed: Feeds = {"position_ids": positions}
     else:

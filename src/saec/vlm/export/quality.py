@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from saec.vlm.contract.bundle import TOKENIZER, Bundle, read_bundle
+from saec.vlm.contract.bundle import Bundle, read_bundle
 from saec.vlm.edge.chat import Feeds
-from saec.vlm.edge.family import prompts_of
+from saec.vlm.edge.family import open_tokenizer, prompts_of
 from saec.vlm.edge.graphs import Graphs
 from saec.vlm.edge.session import Array
+from saec.vlm.looks import log_softmax
 from saec.vlm.prompt import Question
 
 Doubles = NDArray[np.float64]
@@ -38,16 +38,13 @@ class Asked:
 
     def __init__(self, folder: Path, *, threads: int = 2) -> None:
         self.bundle: Bundle = read_bundle(folder)
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._prompts = prompts_of(self.bundle, tokenizer)
+        self._prompts = prompts_of(self.bundle, open_tokenizer(folder))
         self._graphs = Graphs.load(folder, self.bundle, threads=threads)
 
     def logits(self, example: Example) -> Doubles:
         """Return the log-probabilities [V] of the token after an example."""
         ids, pictures = self._prompt(example)
-        logits = self._graphs.feed(self._graphs.open(), ids, lambda: pictures).astype(np.float64)
-        highest = logits.max()
-        return np.asarray(logits - highest - np.log(np.exp(logits - highest).sum()))
+        return log_softmax(self._graphs.feed(self._graphs.open(), ids, lambda: pictures))
 
     def embeddings(self, example: Example) -> Array:
         """Return the embeddings [tokens, H] of an example's prompt, visual tokens in their places."""
