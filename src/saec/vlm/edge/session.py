@@ -117,10 +117,9 @@ class _Step:
         self._bound_to = cache.keys
         self._fixed = signature.n is not None
         n = self._n = signature.n or new
-        self._room = cache.room
         dtype, layers, heads, width = signature.dtype, shape.layers, shape.kv_heads, shape.head_dim
         self._embeds = np.zeros((1, n, shape.hidden_size), dtype)
-        self._mask = np.zeros((1, 1, n, self._room + n), dtype)
+        self._mask = np.zeros((1, 1, n, cache.room + n), dtype)
         self._positions = np.zeros((1, n), np.int32)
         self._logits = np.empty((1, 1 if signature.logits == "last" else n, shape.vocab_size), dtype)
         self._keys = np.empty((layers, 1, heads, width, n), dtype)
