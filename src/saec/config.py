@@ -87,8 +87,10 @@ class CloudSettings(Section):
     breaker_cooldown_s: float = Field(5.0, gt=0, description="Seconds until a half-open probe.")
     max_side: int = Field(1024, ge=64, description="Images are shrunk to this longest side before they go up.")
     jpeg_quality: int = Field(92, ge=30, le=100, description="JPEG quality of what goes up.")
-    uplink: Literal["image", "crop"] = Field(
-        "image", description="Send the whole part, or the crop around the anomaly."
+    uplink: Literal["image", "crop", "tokens"] = Field(
+        "image",
+        description="Send the whole part, the crop around the anomaly, or the most uncertain visual tokens of a model "
+        "on the edge: then no image leaves the line.",
     )
 
 
@@ -196,6 +198,49 @@ class ExplainSettings(Section):
     max_tokens: int = Field(96, ge=8, description="Longest answer, in tokens.")
 
 
+class TokenSettings(Section):
+    """Visual tokens in place of images, and which of them go up (cloud.uplink tokens)."""
+
+    model: str = Field("loupe", description="Whose vision tower makes the tokens on the edge.")
+    ratio: float = Field(0.5, gt=0, le=1, description="Share of a part's tokens that goes up, the most uncertain ones.")
+    choose: Literal["dropout", "entropy"] = Field(
+        "dropout", description="Uncertainty by Monte-Carlo dropout inside the tower, or by entropy, which is cheaper."
+    )
+    passes: int = Field(10, ge=2, description="Passes of the Monte-Carlo dropout.")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Share of activations dropped in each pass.")
+    dims: int = Field(96, ge=1, description="Principal components that are kept of a token.")
+    bits: Literal[4, 6, 8] = Field(8, description="Bits of a component.")
+
+
+class LearnSettings(Section):
+    """Learning from what the edge was unsure of."""
+
+    samples: int = Field(60, ge=1, description="Parts of a round that are put to the teacher at most.")
+    audit_share: float = Field(
+        0.02, ge=0, le=1, description="Share of the parts that the edge is sure of that the cloud sees all the same."
+    )
+    drift_share: float = Field(0.5, ge=0, le=1, description="The same while drift is noticed.")
+    min_teacher: float = Field(
+        0.7, ge=0.5, lt=1, description="A teacher's opinion counts when max(P, 1 - P) reaches this; a human's always."
+    )
+    bank_rows: int = Field(600, ge=0, description="Patches that a round may add to a memory bank, per pass.")
+    bank_most: int = Field(6000, ge=1, description="Patches in a memory bank at most, per pass.")
+    keep: float = Field(0.02, gt=0, le=1, description="Share of an adapter's changed weights that goes down.")
+    bits: Literal[2, 3, 4, 6, 8] = Field(4, description="Bits of a changed weight.")
+    probe_loss: float = Field(
+        0.005,
+        ge=0,
+        le=1,
+        description="An update whose accuracy on the probe set falls by more than this is taken back.",
+    )
+    max_frame_bytes: int = Field(64_000_000, gt=0, description="Largest frame, unpacked.")
+    weight_features: float = Field(1.0, ge=0, description="Weight of the feature distillation on the query adapters.")
+    weight_language: float = Field(
+        1.0, ge=0, description="Weight of the feature distillation on the language adapters."
+    )
+    weight_logits: float = Field(0.0, ge=0, description="Weight of KL(teacher || student) on the answer's logits.")
+
+
 class Settings(Section):
     """The whole tree."""
 
@@ -208,6 +253,8 @@ class Settings(Section):
     openai: OpenAISettings = OpenAISettings()
     mllm: MllmSettings = MllmSettings()
     explain: ExplainSettings = ExplainSettings()
+    tokens: TokenSettings = TokenSettings()
+    learn: LearnSettings = LearnSettings()
 
 
 def load_settings(
