@@ -231,13 +231,11 @@ class LearnSettings(Section):
         0.005,
         ge=0,
         le=1,
-        description="An update whose accuracy on the probe set falls by more than this is taken back.",
+        description="An update that costs more accuracy on the probe set is taken back.",
     )
     max_frame_bytes: int = Field(64_000_000, gt=0, description="Largest frame, unpacked.")
-    weight_features: float = Field(1.0, ge=0, description="Weight of the feature distillation on the query adapters.")
-    weight_language: float = Field(
-        1.0, ge=0, description="Weight of the feature distillation on the language adapters."
-    )
+    weight_features: float = Field(1.0, ge=0, description="Weight of distillation on the query adapters' features.")
+    weight_language: float = Field(1.0, ge=0, description="Weight of distillation on the language adapters' features.")
     weight_logits: float = Field(0.0, ge=0, description="Weight of KL(teacher || student) on the answer's logits.")
 
 
