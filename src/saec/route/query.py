@@ -24,13 +24,14 @@ def build_query(
     heatmap: Heatmap | None,
     evidence: Evidence,
     p_defect: float | None,
-    uplink: Literal["image", "crop"],
+    uplink: Literal["image", "crop", "tokens"],
     references: Sequence[Image] = (),
 ) -> Query:
     """Return the question about one part.
 
     ``image`` is [H, W, 3] uint8 BGR; ``heatmap`` [h, w] float32 over the whole image, and it goes along whole also
-    with a crop (``Query.region`` says where the crop lies). With nothing to crop around, the whole image goes.
+    with a crop (``Query.region`` says where the crop lies). With nothing to crop around, the whole image goes; for
+    ``tokens`` it is there for the client, which makes them of it just before it sends.
     """
     height, width = image.shape[:2]
     region = crop_region(heatmap, evidence, (width, height)) if uplink == "crop" else None
