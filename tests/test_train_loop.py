@@ -28,7 +28,8 @@ from saec.errors import BadInput, GateFailed
 from saec.fleet.sqlite_file import lock
 from saec.train import checkpoint
 from saec.train.ahead import ahead
-from saec.train.loop import Interrupted, TrainResult, answer_loss, train
+from saec.train.loop import TrainResult, answer_loss, train
+from saec.train.steps import Interrupted
 from saec.vlm.load import Vlm
 from saec.vlm.trained import as_trained
 from train_rows import make_files, row, write_rows

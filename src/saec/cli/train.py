@@ -13,7 +13,8 @@ from saec.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from saec.evaluate.table import Table
-    from saec.train.loop import TrainResult, Watcher
+    from saec.train.loop import TrainResult
+    from saec.train.steps import Watcher
 
 
 def train(
@@ -56,8 +57,8 @@ def train(
     if train_file is None or val_file is None or out is None:
         raise BadInput("--train, --val and --out are needed", fix="write the rows with saec data sft")
     _require_extra()
-    from saec.train.loop import Interrupted
     from saec.train.loop import train as run
+    from saec.train.steps import Interrupted
 
     try:
         with _watching() as watcher:

@@ -6,58 +6,32 @@ as much as a sentence. LoRA after Hu et al. 2021, NF4 after Dettmers et al. 2023
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saec import __version__
 from saec.config import MllmSettings
 from saec.data.hashing import sha256_file
-from saec.errors import BadInput, GateFailed
-from saec.train import adapter, checkpoint, evaluation, record
-from saec.train.ahead import ahead, chunks
+from saec.train import adapter, evaluation, record
 from saec.train.checkpoint import Position
 from saec.train.config import TrainSettings
-from saec.train.files import append_line, cut_lines, read_lines
+from saec.train.files import append_line, read_lines
 from saec.train.leaks import check_leaks
 from saec.train.rows import Example, Row, epoch_plan, pose, read_rows
-from saec.train.schedule import rate, steps_of
+from saec.train.schedule import steps_of
+from saec.train.steps import Interrupted, Silent, Steps, Watcher, full_disk_told
 from saec.train.stop import Stop
 from saec.vlm.encode import IGNORED
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.run import on_device
 from saec.vlm.trained import WEIGHTS
-
-
-class Watcher(Protocol):
-    """Who is told how it goes."""
-
-    def said(self, text: str) -> None:
-        """Hear what is being done."""
-        ...
-
-    def stepped(self, step: int, total: int, entry: dict[str, Any]) -> None:
-        """Hear of one optimizer step: ``entry`` is the line of the log, with ``images_per_s`` besides."""
-        ...
-
-
-class Silent:
-    """Watches nothing."""
-
-    def said(self, text: str) -> None:
-        """Ignore it."""
-
-    def stepped(self, step: int, total: int, entry: dict[str, Any]) -> None:
-        """Ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +43,21 @@ class TrainResult:
     repeated: bool = False
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: all is saved at ``step``, and the same command goes on from there."""
-
-    def __init__(self, step: int, total: int) -> None:
-        self.step, self.total = step, total
-        super().__init__(f"stopped at step {step} of {total}")
-
-
 @dataclass(frozen=True, slots=True)
 class _Run:
-    settings: TrainSettings
-    out: Path
+    steps: Steps[Example, dict[str, Tensor]]
     vlm: Vlm
     train: Sequence[Row]
     val: Sequence[Row]
     data: dict[str, str]
-    learning: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    total: int
-    watcher: Watcher
 
-    def save(self, at: Position) -> None:
-        checkpoint.save_checkpoint(self.out / "checkpoints", at, self.learning, self.optimizer)
+    @property
+    def settings(self) -> TrainSettings:
+        return self.steps.settings
+
+    @property
+    def out(self) -> Path:
+        return self.steps.out
 
 
 def load_base(settings: TrainSettings) -> Vlm:
@@ -143,87 +109,31 @@ def train(
     optimizer = torch.optim.AdamW(adapter.parameter_groups(vlm.model, settings), weight_decay=settings.weight_decay)
     total = sum(steps_of(len(epoch_plan(rows, settings, epoch)), settings) for epoch in range(settings.epochs))
     learning = adapter.trainable(vlm.model)
-    run = _Run(settings, out, vlm, rows, held_out, data, learning, optimizer, total, watcher)
+    encode, loss = partial(_encode, vlm, settings), partial(_loss, vlm)
+    steps = Steps(settings, out, learning, optimizer, total, watcher, encode, loss)
+    run = _Run(steps, vlm, rows, held_out, data)
+    learnt = record.learnt((row.sha256, row.part_id) for row in rows)
     # Nothing is written before all is known to be right: a corrected command finds the folder free.
-    with _disk(out), record.begun(out, settings, data, rows), Stop() as stop:
-        at = _resumed(run)
+    with full_disk_told(out), record.begun(out, settings, data, learnt), Stop() as stop:
+        at = steps.resumed()
         while at.epoch < settings.epochs:
-            at = _epoch(run, at, stop)
+            vlm.model.train()
+            at = steps.epoch(at, epoch_plan(rows, settings, at.epoch), stop)
             _evaluate(run, at)
             at = replace(at, epoch=at.epoch + 1, done=0)
             if stop and at.epoch < settings.epochs:
-                raise Interrupted(at.step, run.total)
+                raise Interrupted(at.step, total)
         return _finish(run, at)
 
 
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """A full disk is told in one line, and costs no more than what came after the last checkpoint."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fix = "make room and give the same command again: it goes on from the last checkpoint"
-        raise BadInput(f"the run cannot be written ({error})", where=out, fix=fix) from error
-
-
-def _resumed(run: _Run) -> Position:
-    """Return where a killed run goes on, with what came after its checkpoint forgotten: it is done, and told, again."""
-    at = checkpoint.load_checkpoint(run.out / "checkpoints", run.learning, run.optimizer) or Position()
-    if at.step:
-        run.watcher.said(f"resuming at step {at.step} of {run.total}")
-    for log in (record.LOG, record.EVALUATIONS):
-        cut_lines(run.out / log, lambda entry: entry["step"] <= at.step)
-    return at
-
-
-def _epoch(run: _Run, at: Position, stop: Stop) -> Position:
-    """Train what is left of an epoch and return the position at its end, where a checkpoint lies."""
-    settings = run.settings
-    batches = chunks(epoch_plan(run.train, settings, at.epoch), settings.batch_size)
-    steps = chunks(batches, settings.accumulation)[at.done :]
-    run.vlm.model.train()
-    began, passed = time.monotonic(), 0
-    with closing(ahead(partial(_encode, run, batch) for step in steps for batch in step)) as inputs:
-        for step in steps:
-            examples, started = sum(map(len, step)), time.monotonic()
-            loss = _step(run, (next(inputs) for _ in step), examples, at.step)
-            at = replace(at, step=at.step + 1, done=at.done + 1, seconds=at.seconds + time.monotonic() - started)
-            entry = {"step": at.step, "epoch": at.epoch, "loss": loss, "lr": run.optimizer.param_groups[0]["lr"]}
-            append_line(run.out / record.LOG, {**entry, "seconds": round(at.seconds, 3)})
-            passed += examples
-            run.watcher.stepped(at.step, run.total, {**entry, "images_per_s": passed / (time.monotonic() - began)})
-            if stop or (at.step % settings.checkpoint_every == 0 and step is not steps[-1]):
-                run.save(at)
-            if stop:
-                raise Interrupted(at.step, run.total)
-    if steps:
-        run.save(at)
-    return at
-
-
-def _encode(run: _Run, batch: Sequence[Example]) -> dict[str, Tensor]:
-    posed = [pose(example, run.settings.prompt) for example in batch]
-    inputs: dict[str, Tensor] = run.vlm.encoder.encode([asked for asked, _ in posed], [answer for _, answer in posed])
+def _encode(vlm: Vlm, settings: TrainSettings, batch: Sequence[Example]) -> dict[str, Tensor]:
+    posed = [pose(example, settings.prompt) for example in batch]
+    inputs: dict[str, Tensor] = vlm.encoder.encode([asked for asked, _ in posed], [answer for _, answer in posed])
     return inputs
 
 
-def _step(run: _Run, inputs: Iterable[dict[str, Tensor]], examples: int, done: int) -> float:
-    """Take one step of the optimizer over the forward passes ``inputs``; return the mean loss of its examples."""
-    loss = torch.zeros((), device=run.vlm.device)
-    for batch in inputs:
-        part = answer_loss(run.vlm, batch) / examples
-        part.backward()
-        loss += part.detach()
-    norm = nn.utils.clip_grad_norm_(run.learning.values(), run.settings.max_grad_norm)
-    value = float(loss)
-    for what, number in (("loss", value), ("gradient's norm", float(norm))):
-        if not math.isfinite(number):
-            raise GateFailed(f"the {what} is {number} at step {done + 1}: lower the learning rates and begin anew")
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * rate(done, run.total, run.settings)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return value
+def _loss(vlm: Vlm, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"answer": answer_loss(vlm, batch)}
 
 
 def answer_loss(vlm: Vlm, batch: dict[str, Tensor]) -> Tensor:
@@ -249,7 +159,7 @@ def _evaluate(run: _Run, at: Position) -> None:
     former = read_lines(run.out / record.EVALUATIONS)
     if any(entry["epoch"] == at.epoch for entry in former):
         return
-    run.watcher.said(f"evaluating epoch {at.epoch + 1}")
+    run.steps.watcher.said(f"evaluating epoch {at.epoch + 1}")
     started = time.monotonic()
     p = evaluation.p_defects(run.vlm, run.val, run.settings.prompt, run.settings.evaluate_batch)
     found = evaluation.figures(run.val, p)
@@ -261,7 +171,7 @@ def _evaluate(run: _Run, at: Position) -> None:
     append_line(run.out / record.EVALUATIONS, {"epoch": at.epoch, "step": at.step, **found, "seconds": seconds})
     record.draw_losses(run.out)
     shown = {name: "–" if found[name] is None else f"{found[name]:.4f}" for name in ("auroc", "accuracy")}
-    run.watcher.said(f"epoch {at.epoch + 1}: AUROC {shown['auroc']}, accuracy {shown['accuracy']}")
+    run.steps.watcher.said(f"epoch {at.epoch + 1}: AUROC {shown['auroc']}, accuracy {shown['accuracy']}")
 
 
 def _rank(entry: dict[str, Any]) -> tuple[float, float]:
@@ -282,7 +192,7 @@ def _finish(run: _Run, at: Position) -> TrainResult:
         "best_epoch": best["epoch"],
         "settings": run.settings.model_dump(mode="json"),
         "data": {"sha256": run.data, "n_train": len(run.train), "n_val": len(run.val)},
-        "trainable_weights": sum(weight.numel() for weight in run.learning.values()),
+        "trainable_weights": sum(weight.numel() for weight in run.steps.learning.values()),
         "steps": at.step,
         "train_seconds": round(at.seconds, 3),
         "memory": record.peak_memory(),

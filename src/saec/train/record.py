@@ -6,7 +6,7 @@ import json
 import resource
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from saec.errors import BadInput
 from saec.fleet.sqlite_file import lock
 from saec.train.config import TrainSettings, first_difference, make_train_settings
 from saec.train.files import read_lines
-from saec.train.rows import Row
 from saec.vlm.trained import BEGUN, TRAINED_ON, read_record
 from saec.vlm.trained import RUN as SUMMARY
 
@@ -67,8 +66,10 @@ def check_run(out: Path, settings: TrainSettings, data: Mapping[str, str]) -> di
 
 
 @contextmanager
-def begun(out: Path, settings: TrainSettings, data: Mapping[str, str], rows: Sequence[Row]) -> Iterator[None]:
+def begun(out: Path, settings: TrainSettings, data: Mapping[str, str], learnt: str) -> Iterator[None]:
     """Write what the run begins with, unless it is there, and keep other processes out of its folder meanwhile.
+
+    ``learnt`` lists the images that train, as :func:`learnt` does.
 
     Raises:
         BadInput: another process is at work in it.
@@ -81,13 +82,16 @@ def begun(out: Path, settings: TrainSettings, data: Mapping[str, str], rows: Seq
         fix = "wait for the other process that trains here, or choose another folder"
         raise BadInput(f"the run's folder cannot be taken ({error})", where=out, fix=fix) from None
     start = {"version": __version__, "settings": settings.model_dump(mode="json"), "data": dict(data)}
-    # As ``sha256sum`` does: what ``exclude=`` of the holdout builders takes.
-    learnt = "".join(f"{row.sha256}  {row.part_id}\n" for row in rows)
     with closing(holder):
         for name, text in ((BEGUN, json.dumps(start, indent=1) + "\n"), (TRAINED_ON, learnt)):
             if not (out / name).exists():
                 write_atomic(out / name, text)
         yield
+
+
+def learnt(images: Iterable[tuple[str, str]]) -> str:
+    """List images, each a SHA-256 and a part id, as ``sha256sum`` does: the ``exclude=`` of the holdout builders."""
+    return "".join(f"{sha256}  {part_id}\n" for sha256, part_id in images)
 
 
 def _digest(file: Path) -> str:
