@@ -1,0 +1,187 @@
+"""What a learning step may change of one thing: a product of a station, or an adapter.
+
+All else in its folder (a reference image, an ONNX classifier) stays what it is, and is never sent. A tensor of the
+folder's main file has its own name, such as ``0.bank``; those of other files have the file's before it:
+``replay/features``. The document holds each JSON file under its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as dump_tensors
+
+from saec.edge.folder import read_checked, write_folder
+from saec.edge.station import INDEX, StationManifest, folder_name, read_manifest
+from saec.errors import BadInput
+from saec.vlm.trained import CONFIG, ORIGIN, RUN, TRAINED_ON, WEIGHTS, check_adapter, read_record, run_record
+
+Tensors = Mapping[str, NDArray[Any]]
+
+LEARNT = "replay/sha256"
+"""The tensor [n, 32] uint8 of a product that names the images it was taught with; so does an adapter's."""
+
+BANKS = "memory.safetensors"
+_MAIN = (BANKS, WEIGHTS)
+_TENSORS, _JSON = ".safetensors", ".json"
+_MANIFEST = TypeAdapter(StationManifest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """``tensors`` by name, of any dtype that NumPy and safetensors share; ``document`` is plain JSON."""
+
+    tensors: Tensors
+    document: Mapping[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """The state's identity: a hash over names, dtypes, shapes and bytes of the tensors, and over the document."""
+        return digest(self.tensors, self.document).hex()
+
+
+def digest(tensors: Tensors, document: Mapping[str, Any]) -> bytes:
+    """Return the SHA-256 over tensors and document, the same on every machine."""
+    found = hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name])
+        little = value.astype(value.dtype.newbyteorder("<"), copy=False)
+        found.update(f"\n{len(name)} {name} {little.dtype.str} {value.shape}\n".encode())
+        found.update(little.tobytes())
+    return found.digest()
+
+
+# -- files of one folder
+
+
+def state_of_files(files: Mapping[str, bytes]) -> State:
+    """Return the state in the files of a product's or an adapter's folder, given by name; others are left out.
+
+    Raises:
+        BadInput: a file that is not what its name says.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    document: dict[str, Any] = {}
+    for name, data in sorted(files.items()):
+        try:
+            if name.endswith(_TENSORS):
+                prefix = "" if name in _MAIN else f"{name.removesuffix(_TENSORS)}/"
+                tensors |= {prefix + key: value for key, value in load_tensors(data).items()}
+            elif name.endswith(_JSON):
+                document[name] = json.loads(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"cannot be read ({error})", where=name, fix="restore the file") from None
+    return State(tensors, document)
+
+
+def files_of_state(state: State, main: str) -> dict[str, bytes]:
+    """Return the files that :func:`state_of_files` reads the same state from; ``main`` holds the plain names."""
+    groups: dict[str, dict[str, NDArray[Any]]] = {}
+    for name in sorted(state.tensors):
+        stem, _, key = name.rpartition("/")
+        groups.setdefault(f"{stem}{_TENSORS}" if stem else main, {})[key] = np.ascontiguousarray(state.tensors[name])
+    metadata = {"format": "pt"} if main == WEIGHTS else None  # as PEFT writes it
+    files = {name: dump_tensors(tensors, metadata=metadata) for name, tensors in groups.items()}
+    return files | {name: json.dumps(tree, indent=1).encode() for name, tree in state.document.items()}
+
+
+# -- stations
+
+
+def station_state(folder: Path, product: str) -> State:
+    """Return the state of one product of a station's plain folder, each file checked against its hash.
+
+    Raises:
+        BadInput: no station, a damaged one, or another's product.
+    """
+    manifest = read_manifest(folder)
+    if product not in manifest.products:
+        fix = f"it knows {', '.join(manifest.products)}"
+        raise BadInput("the station does not know this product", where=product, fix=fix)
+    inside = f"{folder_name(product)}/"
+    return state_of_files(
+        {
+            name.removeprefix(inside): read_checked(folder, name, sha256, kind="station")
+            for name, sha256 in manifest.files.items()
+            if name.startswith(inside)
+        }
+    )
+
+
+def write_station(base: Path, states: Mapping[str, State], out: Path) -> None:
+    """Write a copy of the station ``base`` to ``out`` in which each product of ``states`` has that state.
+
+    Images that taught it are added to those that it was fitted on: nobody may evaluate on them unawares.
+
+    Raises:
+        BadInput: the base is damaged, or ``out`` cannot be written.
+    """
+    manifest = read_manifest(base)
+    files = {name: read_checked(base, name, sha256, kind="station") for name, sha256 in manifest.files.items()}
+    learnt = set(manifest.train_sha256)
+    for product, state in states.items():
+        inside = folder_name(product)
+        new = files_of_state(state, BANKS)
+        files = {name: data for name, data in files.items() if not _replaced(name, inside)}
+        files |= {f"{inside}/{name}": data for name, data in new.items()}
+        learnt |= set(_hashes(state)) - set(manifest.calibration_sha256)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    manifest = replace(manifest, files=hashes, train_sha256=tuple(sorted(learnt)))
+    write_folder(out, files, INDEX, _MANIFEST.dump_python(manifest, mode="json"), kind="station")
+
+
+def _replaced(name: str, inside: str) -> bool:
+    return name.startswith(f"{inside}/") and name.endswith((_TENSORS, _JSON))
+
+
+# -- adapters
+
+
+def adapter_state(folder: Path) -> State:
+    """Return the state of an adapter's folder: weights, configuration, origin, the record of its training, its images.
+
+    Raises:
+        BadInput: no adapter, or a damaged one.
+    """
+    check_adapter(folder)
+    record = run_record(folder)
+    names = [name for name in (WEIGHTS, CONFIG, ORIGIN) if (folder / name).is_file()]
+    state = state_of_files({name: (folder / name).read_bytes() for name in names})
+    if record is None:
+        return state
+    images = record.with_name(TRAINED_ON)
+    lines = images.read_text(encoding="utf-8").splitlines() if images.is_file() else []
+    try:
+        hashes = b"".join(bytes.fromhex(line.split()[0]) for line in lines if line.strip())
+        learnt = np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32)
+    except ValueError as error:
+        raise BadInput(f"not a list of images ({error})", where=images, fix="restore the file") from None
+    return State({**state.tensors, LEARNT: learnt}, {**state.document, RUN: read_record(record)})
+
+
+def write_adapter(state: State, out: Path) -> None:
+    """Write an adapter's folder that :func:`adapter_state` reads the same state from.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: value for name, value in state.tensors.items() if name != LEARNT}
+    for name, data in files_of_state(State(weights, state.document), WEIGHTS).items():
+        (out / name).write_bytes(data)
+    if LEARNT in state.tensors:
+        (out / TRAINED_ON).write_text("".join(f"{sha256}\n" for sha256 in _hashes(state)))
+
+
+def _hashes(state: State) -> list[str]:
+    return [row.tobytes().hex() for row in state.tensors.get(LEARNT, np.empty((0, 32), np.uint8))]
