@@ -4,7 +4,8 @@ Each tensor goes one of these ways, whichever fits first:
 
 * *same*: nothing is sent;
 * *rows*: rows of the base, perhaps some dropped, and new rows after them, as a memory bank grows: tables of floats at
-  8 bits a value with a scale for each row, all else exact;
+  8 bits a value with a scale for each column (columns of pooled features differ in size by orders of magnitude, and a
+  scale for each row loses the small ones), all else exact;
 * *sparse*: floats of the same shape, where a share to keep is given: the chosen changes of all such tensors together;
 * *dense*: exact, for whatever is new, small, or of another shape.
 
@@ -72,7 +73,7 @@ class Delta:
         added = self.arrays[f"{name}/rows"]
         scale = self.arrays.get(f"{name}/scale")
         if scale is not None:
-            added = _unscaled(added, scale)
+            added = added.astype(np.float32) * scale
         return np.concatenate([kept, added.astype(base.dtype)])
 
     def _entries(self, base: Tensors) -> tuple[list[str], Positions]:
@@ -115,11 +116,8 @@ def compress(
         sensitivity: importance is |change|, times these weights [same shape] where a tensor has some.
 
     Raises:
-        BadInput: a value of ``new`` is not finite.
+        BadInput: a value of ``new`` that would be quantised is not finite.
     """
-    odd = next((name for name, value in new.tensors.items() if not _finite(value)), None)
-    if odd is not None:
-        raise BadInput("the taught state has values that are no numbers", where=odd, fix="teach again")
     ways: dict[str, str] = dict.fromkeys(base.tensors.keys() - new.tensors.keys(), "gone")
     arrays: dict[str, NDArray[Any]] = {}
     for name, value in new.tensors.items():
@@ -168,7 +166,7 @@ def fit_keep(
 
 def _whole(base: NDArray[Any] | None, new: NDArray[Any], *, sparse: bool) -> tuple[str, dict[str, NDArray[Any]]]:
     """Return the way of a tensor that is not left to the sparse changes, and what is sent; no way: nothing is."""
-    if base is not None and base.dtype == new.dtype and base.shape == new.shape and np.array_equal(base, new):
+    if base is not None and base.dtype == new.dtype and base.shape == new.shape and base.tobytes() == new.tobytes():
         return "", {}
     if base is not None and sparse and base.shape == new.shape and _is_sparse(base):
         return "", {}
@@ -199,18 +197,15 @@ def _kept_rows(base: NDArray[Any], new: NDArray[Any]) -> NDArray[np.int64]:
 def _scaled(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
     if rows.ndim < 2 or rows.dtype.kind != "f":
         return {"/rows": rows}
-    scale = np.abs(rows.astype(np.float32)).reshape(len(rows), -1).max(axis=1, initial=0) / np.float32(127)
-    wide = scale.reshape(-1, *[1] * (rows.ndim - 1))
-    codes = np.round(np.divide(rows, wide, out=np.zeros(rows.shape, np.float32), where=wide > 0)).astype(np.int8)
-    return {"/rows": codes, "/scale": scale}
+    _require_finite(rows)
+    scale = np.abs(rows.astype(np.float32)).max(axis=0, initial=0) / np.float32(127)
+    codes = np.divide(rows.astype(np.float32), scale, out=np.zeros(rows.shape, np.float32), where=scale > 0)
+    return {"/rows": np.round(codes).astype(np.int8), "/scale": scale}
 
 
-def _unscaled(codes: NDArray[Any], scale: Floats) -> Floats:
-    return np.asarray(codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1)), dtype=np.float32)
-
-
-def _finite(value: NDArray[Any]) -> bool:
-    return value.dtype.kind != "f" or bool(np.isfinite(value).all())
+def _require_finite(values: NDArray[Any]) -> None:
+    if not np.isfinite(values).all():
+        raise BadInput("the taught state has weights that are no numbers", fix="teach again")
 
 
 # -- all sparse tensors together
@@ -249,6 +244,7 @@ def _chosen(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return entries and way of the positions, and the arrays: the most important changes of all these tensors."""
     changes = np.concatenate([np.zeros(0, np.float32), *(_difference(base[name], new[name]) for name in names)])
+    _require_finite(changes)
     weights = [
         np.abs(_difference(base[name], new[name])) * np.asarray(sensitivity.get(name, 1.0), dtype=np.float32).ravel()
         for name in names
