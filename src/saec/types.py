@@ -154,23 +154,40 @@ class Route:
     reason: Reason
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Visual tokens of one image, for models that take them in place of its pixels.
+
+    ``values`` [k, D] float32 are the tokens' coordinates in a basis; ``indices`` [k] int32, ascending, say which of the
+    image's ``total`` tokens (row by row) they are. ``model_id`` names the tower and the basis, without which the
+    numbers mean nothing.
+    """
+
+    values: NDArray[np.float32]
+    indices: NDArray[np.int32]
+    total: int
+    model_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """What is asked of the cloud about one part. ``image`` is what the cloud sees; ``region`` is the rectangle of the
     original image that it shows (``None``: all of it, possibly smaller) and ``original_size`` is (width, height) of the
     original, so that boxes can be mapped back. ``anomaly_map`` is the edge's heatmap
     (:attr:`EdgeResult.heatmap`) of the whole original, also when ``image`` is a crop of it. Without
-    ``evidence`` only P(defect) is wanted, as for calibration: a model may leave out its second answer."""
+    ``evidence`` only P(defect) is wanted, as for calibration: a model may leave out its second answer. ``tokens`` stand
+    in place of the image, which is then ``None``: it has not left the line."""
 
     part_id: str
     product: str
-    image: Image
+    image: Image | None
     original_size: tuple[int, int]
     region: Box | None = None
     references: tuple[Image, ...] = ()
     anomaly_map: Heatmap | None = None
     edge_p_defect: float | None = None
     evidence: bool = True
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from saec.cloud.images import encode_jpeg, shrink
 from saec.data.decode import UnreadableImage, decode_image
 from saec.errors import first_problem
 from saec.types import Box, Evidence, Heatmap, Image, Opinion, Query
+from saec.vlm.view import pixels_of
 
 CONTENT_TYPE = "application/x-saec-question"
 DEADLINE_HEADER = "X-Saec-Deadline-Ms"
@@ -150,7 +151,7 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
         WireError: a query outside the format's limits, such as a map that is not finite.
     """
     try:
-        image = encode_jpeg(shrink(query.image, max_side), jpeg_quality)
+        image = encode_jpeg(shrink(pixels_of(query), max_side), jpeg_quality)
     except ValueError as error:
         raise WireError(str(error)) from None
     map_part, map_bytes = _pack_map(query.anomaly_map) if query.anomaly_map is not None else (None, b"")

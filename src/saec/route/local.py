@@ -122,8 +122,12 @@ class LocalJudge:
         self._settings = settings
         self._budget = budget
         self._clock = clock
-        self.models = dict(edge.models)
         self.busy = BusyMeter(clock)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Who judges: right after a part's ``predict`` it is who judged it."""
+        return dict(self._edge.models)
 
     def judge(self, part: Part, decoded: Decoded, scored: Callable[[], Scored]) -> Judged:
         """Return the local verdict. ``scored`` waits for the scene score, which is computed beside the detector.
@@ -151,11 +155,11 @@ class LocalJudge:
     def _judge_image(
         self, part: Part, sha256: str, image: Image, scored: Callable[[], Scored], timings: dict[str, float]
     ) -> Judged:
-        policy = self._edge.policy(part.product)
         begun = self._clock()
         with self.busy:
             result = self._edge.predict(image, part.product)
         timings["edge"] = _ms(self._clock, begun)
+        policy = self._edge.policy(part.product)  # after the judging: a station may take up a new version before it
         scene = scored()
         if scene.ms is not None:
             timings["scene"] = scene.ms
@@ -196,8 +200,10 @@ class LocalJudge:
             return False
 
 
-def _sent_pixels(image: Image, max_side: int) -> int:
+def _sent_pixels(image: Image | None, max_side: int) -> int:
     """Pixels that go up after shrinking: with one byte a pixel, a cautious guess at the size of a JPEG."""
+    if image is None:
+        return 0
     height, width = image.shape[:2]
     scale = min(1.0, max_side / max(height, width))
     return int(height * width * scale * scale)

@@ -18,7 +18,7 @@ from typing import Any
 
 from saec.config import PromptSettings
 from saec.types import Heatmap, Image, Query
-from saec.vlm.view import anomaly_crop, resize_for_model, shown_map
+from saec.vlm.view import anomaly_crop, pixels_of, resize_for_model, shown_map
 
 VERSION = "p2"
 """Part of the model id: a changed prompt is another model to whoever calibrated on it."""
@@ -114,7 +114,7 @@ def build_question(query: Query, ask: Ask, settings: PromptSettings) -> Question
             "\nA close-up of where the part to judge departs most from good parts; that alone is no defect:\n",
             _view(close_up, settings, settings.max_side // 2),
         ]
-    part = _view(query.image, settings)
+    part = _view(pixels_of(query), settings)
     content += ["\nThe part to judge:\n", part, _ASK_LABEL]
     seen = (part.shape[1], part.shape[0])
     label = Question(

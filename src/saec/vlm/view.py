@@ -7,8 +7,21 @@ import math
 import cv2
 import numpy as np
 
+from saec.errors import BadInput
 from saec.types import Heatmap, Image, Query
 from saec.vlm.geometry import shown_region
+
+
+def pixels_of(query: Query) -> Image:
+    """Return the query's image.
+
+    Raises:
+        BadInput: the part came as tokens, and whoever calls needs its pixels.
+    """
+    if query.image is None:
+        fix = "serve a model that takes them (--backend onnx-vlm), or set cloud.uplink to image or crop"
+        raise BadInput("this model needs a part's pixels, and the part came as tokens", where=query.part_id, fix=fix)
+    return query.image
 
 
 def resize_for_model(image: Image, *, max_side: int, multiple: int) -> Image:
@@ -39,12 +52,13 @@ def anomaly_crop(query: Query) -> Image | None:
     region = shown_region(query)
     if not (region.x1 <= peak[0] < region.x2 and region.y1 <= peak[1] < region.y2):
         return None
-    height, width = query.image.shape[:2]
+    image = pixels_of(query)
+    height, width = image.shape[:2]
     centre_x = (peak[0] - region.x1) / (region.x2 - region.x1) * width
     centre_y = (peak[1] - region.y1) / (region.y2 - region.y1) * height
     left = _start(centre_x, width)
     top = _start(centre_y, height)
-    return query.image[top : top + max(1, height // 2), left : left + max(1, width // 2)]
+    return image[top : top + max(1, height // 2), left : left + max(1, width // 2)]
 
 
 def shown_map(query: Query) -> Heatmap | None:
