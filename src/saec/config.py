@@ -234,6 +234,12 @@ class LearnSettings(Section):
         description="An update that costs more accuracy on the probe set is taken back.",
     )
     max_frame_bytes: int = Field(64_000_000, gt=0, description="Largest frame, unpacked.")
+    outbox_bytes: int = Field(1_000_000_000, gt=0, description="Frames that may wait on the edge; more are refused.")
+    desk_bytes: int = Field(
+        20_000_000_000,
+        gt=0,
+        description="What the service keeps of learning; the oldest ended jobs go first, with their frames.",
+    )
     weight_features: float = Field(1.0, ge=0, description="Weight of distillation on the query adapters' features.")
     weight_language: float = Field(1.0, ge=0, description="Weight of distillation on the language adapters' features.")
     weight_logits: float = Field(0.0, ge=0, description="Weight of KL(teacher || student) on the answer's logits.")

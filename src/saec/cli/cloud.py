@@ -12,6 +12,7 @@ from saec.cli.options import EXPERT, ConfigOption, JsonOption, SetOption, mllm_b
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
+    from saec.cloud.desk import Desk
     from saec.config import Settings
     from saec.types import Backend
 
@@ -61,6 +62,14 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help='Written once it answers: {"url": ...}.', show_default=False),
     ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for samples that lines send, and for what is learnt from them.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -82,6 +91,7 @@ def serve(
         settings = settings.model_copy(update={"serve": settings.serve.model_copy(update=update)})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     made = backend_of(backend, station, settings)
+    desk = None if learn is None else desk_of(learn, station, settings)
     written = service.ready_file(ready_file) if ready_file is not None else None
 
     def ready(url: str) -> None:
@@ -89,7 +99,7 @@ def serve(
             written(url)
         console(stderr=True).print(f"serving {made.model_id} at {url}", soft_wrap=True)
 
-    service.serve(made, settings.serve, on_ready=ready)
+    service.serve(made, settings.serve, desk, on_ready=ready)
 
 
 @app.command()
@@ -134,6 +144,18 @@ def backend_of(kind: Kind, station: Path | None, settings: Settings) -> Backend:
     from saec.cloud.expert import ExpertBackend
 
     return ExpertBackend.load(station / EXPERT, settings)
+
+
+def desk_of(folder: Path, station: Path | None, settings: Settings) -> Desk:
+    """Return the desk in a folder, at which the teacher works.
+
+    Raises:
+        BadInput: the folder is in use, or it or the station cannot be used.
+    """
+    from saec.learn.desk import FolderDesk
+    from saec.learn.teacher import Teacher
+
+    return FolderDesk(folder, Teacher(folder / "teacher", settings, station=station), settings.learn)
 
 
 def _token(file: Path) -> str:

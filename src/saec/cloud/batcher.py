@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+T = TypeVar("T")
 
 _FIRST_GUESS_S = 1.0
 _SMOOTHING = 0.3
@@ -188,9 +189,9 @@ class Batcher(Generic[Q, A]):
             waited_for_others = begun - entry.arrived > time.monotonic() - begun
         return Overloaded(_TOO_LONG, self.retry_after_s()) if waited_for_others else Expired()
 
-    async def in_work_thread(self, function: Callable[[], None]) -> None:
+    async def in_work_thread(self, function: Callable[[], T]) -> T:
         """Run something between batches in the thread of the work, such as its warm-up."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def drain(self, grace_s: float) -> None:
         """Take no more work, finish what waits, stop. After ``grace_s`` seconds what is left gets :class:`Draining`."""

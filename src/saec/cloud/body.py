@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 class TooLarge(Exception):
-    """The body exceeds the limit."""
+    """The body exceeds ``limit`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__()
 
 
 class ClientGone(Exception):
@@ -35,12 +39,12 @@ class Body:
             ClientGone: the connection closed in the middle.
         """
         if announced is not None and announced.isdigit() and int(announced) > limit:
-            raise TooLarge
+            raise TooLarge(limit)
         body = bytearray()
         while not self._finished:
             body += await self._next()
             if len(body) > limit:
-                raise TooLarge
+                raise TooLarge(limit)
         return body
 
     async def discard(self, limit: int, within_s: float) -> None:

@@ -6,11 +6,10 @@ One question, one try: repeating and the circuit breaker belong to :mod:`saec.ro
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import httpx
@@ -122,7 +121,7 @@ class HttpCloudClient:
                     path = f"/v1/references/{each.sha256}"
                     reply = self._uplink.request("PUT", path, deadline=deadline, body=each.jpeg, tally=tally)
                     if reply.status != 204:
-                        raise _refusal(reply)
+                        raise reply.refusal()
                     self._uploaded.add(each.sha256)
         finally:
             self._uploading.release()
@@ -145,7 +144,7 @@ class HttpCloudClient:
 
     def _opinion(self, reply: Reply, query: Query) -> Opinion:
         if reply.status != 200:
-            raise _refusal(reply)
+            raise reply.refusal()
         try:
             return wire.decode_opinion(reply.body, query.original_size)
         except wire.BadAnswer as error:
@@ -182,29 +181,6 @@ def probe(url: str, settings: CloudSettings, *, transport: httpx.BaseTransport |
     return health
 
 
-def _problem(reply: Reply) -> Mapping[str, object]:
-    try:
-        problem = json.loads(reply.body)
-    except ValueError:
-        return {}
-    return problem if isinstance(problem, dict) else {}
-
-
 def _missing(reply: Reply) -> list[str]:
-    missing = _problem(reply).get("missing")
+    missing = reply.problem.get("missing")
     return [str(name) for name in missing] if isinstance(missing, list) else []
-
-
-def _refusal(reply: Reply) -> CloudError:
-    """Return what an answer other than 200 means for the edge."""
-    problem = _problem(reply)
-    message = f"status {reply.status}: {problem.get('error', 'no reason given')}"
-    exact = problem.get("retry_after_s")
-    wait = float(exact) if isinstance(exact, int | float) and 0 <= exact < float("inf") else reply.retry_after_s
-    match reply.status:
-        case 429 | 503:
-            return CloudError(Reason.CLOUD_REFUSED, message, retry_after_s=wait)
-        case 504 | 408:
-            return CloudError(Reason.CLOUD_TIMEOUT, message)
-        case _:
-            return CloudError(Reason.CLOUD_BAD_ANSWER, message)

@@ -19,11 +19,13 @@ from saec.cloud import wire
 from saec.cloud.backend import SwapsAdapter, prepared, warm_up
 from saec.cloud.batcher import Batcher, Draining, Expired, Overloaded, WorkFailed
 from saec.cloud.body import Body, ClientGone, TooLarge
+from saec.cloud.desk import DeskFull, FramesMissing, JobConflict
 from saec.cloud.metrics import Metrics
 from saec.cloud.references import ReferenceStore
 from saec.config import ServeSettings
 from saec.data.decode import UnreadableImage, decode_image
 from saec.errors import BadInput
+from saec.fleet.frame import BadFrame
 from saec.types import Backend, CloudError, Opinion, Query, Reason
 
 logger = logging.getLogger(__name__)
@@ -70,44 +72,45 @@ class Endpoints:
             max_batch=settings.max_batch,
             max_wait_s=settings.max_wait_ms / 1e3,
             max_queue=settings.max_queue,
-            on_batch=lambda size: self._metrics.batch(size),
+            on_batch=lambda size: self.counters.batch(size),
         )
-        self._metrics = Metrics(lambda: self.batcher.depth)
+        self.counters = Metrics(lambda: self.batcher.depth)
         self.status = "starting"
 
     async def judge(self, request: Request) -> Response:
         """``POST /v1/judge``: a question in, an opinion out."""
-        response = await self._answer(request, self._judge)
-        self._metrics.answered(response.status_code)
+        response = await self.answer(request, self._judge)
+        self.counters.answered(response.status_code)
         return response
 
     async def put_reference(self, request: Request) -> Response:
         """``PUT /v1/references/{sha256}``: keep a reference image for the questions that name it."""
-        return await self._answer(request, self._put_reference)
+        return await self.answer(request, self._put_reference)
 
     async def put_adapter(self, request: Request) -> Response:
         """``PUT /v1/adapter``: answer with another adapter of this machine, or with none, from the next batch on."""
-        return await self._answer(request, self._put_adapter)
+        return await self.answer(request, self._put_adapter)
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/model``: who answers here; needs the token, so that a client can check its own."""
-        return await self._answer(request, self._health)
+        return await self.answer(request, self._health)
 
     async def health(self, request: Request) -> Response:
         """``GET /healthz``: 200 when questions are welcome, else 503; needs no token."""
-        return await self._health(request, Body(request.receive, self._metrics.received))
+        return await self._health(request, Body(request.receive, self.counters.received))
 
     async def metrics(self, request: Request) -> Response:
         """``GET /metrics``: Prometheus text; needs the token where there is one."""
-        return await self._answer(request, self._render_metrics)
+        return await self.answer(request, self._render_metrics)
 
     async def warm_up(self) -> None:
         """Run the backend's own ``warm_up()``, where it has one, in its thread; questions are welcome afterwards."""
         await self.batcher.in_work_thread(lambda: warm_up(self._backend))
         self.status = "ready"
 
-    async def _answer(self, request: Request, handle: Callable[[Request, Body], Awaitable[Response]]) -> Response:
-        body = Body(request.receive, self._metrics.received)
+    async def answer(self, request: Request, handle: Callable[[Request, Body], Awaitable[Response]]) -> Response:
+        """Let ``handle`` answer a request that shows the token; whatever it raises becomes a refusal."""
+        body = Body(request.receive, self.counters.received)
         try:
             try:
                 self._authorise(request)
@@ -115,7 +118,7 @@ class Endpoints:
             except ClientGone:
                 raise
             except Exception as error:  # whatever goes wrong with one question is answered; the service goes on
-                problem = _problem(error, self._settings)
+                problem = _problem(error)
                 if problem.status == 500:
                     logger.exception("a question failed")
                 await body.discard(self._settings.max_body_bytes, _DISCARD_S)
@@ -150,7 +153,7 @@ class Endpoints:
             "backend": answered.work_s,
         }
         reply = _reply(answered.value, stages, query.original_size)
-        self._metrics.stages({**stages, "total": time.monotonic() - arrived})
+        self.counters.stages({**stages, "total": time.monotonic() - arrived})
         return Response(reply, media_type=_JSON)
 
     def _time_left(self, request: Request) -> float:
@@ -209,7 +212,8 @@ class Endpoints:
         return Response(health.model_dump_json(), status_code=200 if self.status == "ready" else 503, media_type=_JSON)
 
     async def _render_metrics(self, request: Request, body: Body) -> Response:
-        return Response(self._metrics.render(), headers={"Content-Type": Metrics.content_type})
+        text = await asyncio.to_thread(self.counters.render)
+        return Response(text, headers={"Content-Type": Metrics.content_type})
 
 
 def _reply(opinion: Opinion, stages: Mapping[str, float], original_size: tuple[int, int]) -> bytes:
@@ -219,15 +223,23 @@ def _reply(opinion: Opinion, stages: Mapping[str, float], original_size: tuple[i
     return wire.encode_opinion(replace(opinion, timing_ms=timing_ms), original_size)
 
 
-def _problem(error: Exception, settings: ServeSettings) -> Problem:
+def _problem(error: Exception) -> Problem:
     """Return the refusal that tells the client what happened."""
     match error:
         case Problem():
             return error
-        case TooLarge():
-            return Problem(413, f"the body exceeds {settings.max_body_bytes} bytes", "send a smaller image")
+        case TooLarge(limit=limit):
+            return Problem(413, f"the body exceeds {limit} bytes", "send less at once")
         case wire.WireError() | UnreadableImage():
             return Problem(422, str(error), "send a readable image in the documented form")
+        case BadFrame():
+            return Problem(422, str(error), "encode it with this version of saec, and send it again")
+        case FramesMissing(names=names):
+            return Problem(409, str(error), "send them, then start the job again", missing=names)
+        case JobConflict():
+            return Problem(409, str(error), "take another id for another request")
+        case DeskFull():
+            return Problem(507, str(error), "raise learn.desk_bytes, or free disk space")
         case BadInput():  # such as a product that the model was not fitted to
             return Problem(422, str(error), "ask about what this service's model knows")
         case Overloaded(retry_after_s=wait):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,6 +14,8 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+
+from saec.cloud.desk import JobStatus
 
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 64)
@@ -39,6 +42,11 @@ class Metrics:
             registry=self._registry,
         )
         self._bytes = Counter("saec_cloud_received_bytes", "Bytes of request bodies.", registry=self._registry)
+        self._frames = Counter(
+            "saec_cloud_frames", "Frames of learning, new ones and those sent again.", ["new"], registry=self._registry
+        )
+        self._frame_bytes = Counter("saec_cloud_frame_bytes", "Bytes of new frames.", registry=self._registry)
+        self._update_bytes = Counter("saec_cloud_update_bytes", "Bytes of updates sent.", registry=self._registry)
         depth = Gauge("saec_cloud_queue_depth", "Admitted questions not yet in a batch.", registry=self._registry)
         depth.set_function(queue_depth)
         ProcessCollector(registry=self._registry)  # memory, processor time, open files; only Linux tells them
@@ -60,6 +68,25 @@ class Metrics:
         """Count bytes of a request body."""
         self._bytes.inc(size)
 
+    def frame(self, size: int, fresh: bool) -> None:
+        """Count one frame of learning that was taken."""
+        self._frames.labels(str(fresh).lower()).inc()
+        self._frame_bytes.inc(size if fresh else 0)
+
+    def update(self, size: int) -> None:
+        """Count bytes of an update that goes down."""
+        self._update_bytes.inc(size)
+
+    def watch(self, jobs: Callable[[], Mapping[JobStatus, int]]) -> None:
+        """Tell the number of jobs in each state."""
+        gauge = Gauge("saec_cloud_jobs", "Jobs of learning by state.", ["status"], registry=self._registry)
+        for status in JobStatus:
+            gauge.labels(status.value).set_function(partial(_count, jobs, status))
+
     def render(self) -> bytes:
         """Return the text exposition."""
         return generate_latest(self._registry)
+
+
+def _count(jobs: Callable[[], Mapping[JobStatus, int]], status: JobStatus) -> float:
+    return jobs().get(status, 0)

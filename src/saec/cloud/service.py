@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from saec.cloud.desk import Desk
+from saec.cloud.desk_endpoints import DeskEndpoints, judge_between
 from saec.cloud.endpoints import Endpoints
 from saec.cloud.transport import is_loopback
 from saec.cloud.wire import encode_problem
@@ -35,13 +37,16 @@ Started = Callable[[Exception | None], None]
 _KEEP_ALIVE_S = 30
 
 
-def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started | None = None) -> FastAPI:
+def create_app(
+    backend: Backend, settings: ServeSettings, desk: Desk | None = None, *, on_started: Started | None = None
+) -> FastAPI:
     """Return the service as an ASGI app around one backend.
 
     ``POST /v1/judge``, ``PUT /v1/references/{sha256}``, ``PUT /v1/adapter``, ``GET /v1/model``, ``GET /healthz``,
-    ``GET /metrics``. Starting the app runs the backend's ``warm_up()`` if it has one; until that is done, questions get
-    503. ``on_started`` is then called once, with ``None`` or with what went wrong. Refusals are JSON
-    ``{"error", "fix"}``. An app serves once: after its shutdown, build another.
+    ``GET /metrics``, and ``/v1/learn/…`` at the desk, if there is one (:mod:`saec.cloud.desk_endpoints`). Starting the
+    app runs the backend's ``warm_up()`` if it has one; until that is done, questions get 503. Then the desk is opened
+    and ``on_started`` called once, with ``None`` or with what went wrong. Refusals are JSON ``{"error", "fix"}``. An
+    app serves once, and closes the desk: after its shutdown, build another.
     """
     endpoints = Endpoints(backend, settings)
 
@@ -49,6 +54,8 @@ def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started
         failure: Exception | None = None
         try:
             await endpoints.warm_up()
+            if desk is not None:
+                desk.open(judge_between(backend, endpoints.batcher, asyncio.get_running_loop()))
         except Exception as error:  # a model may fail in any way; /healthz and the caller must hear of it
             if not isinstance(error, BadInput):  # which says in one line all that there is to say
                 logger.exception("the backend did not start")
@@ -64,6 +71,8 @@ def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started
         endpoints.status = "draining"
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        if desk is not None:
+            await asyncio.to_thread(desk.close)
         await endpoints.batcher.drain(settings.max_deadline_s)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -73,11 +82,18 @@ def create_app(backend: Backend, settings: ServeSettings, *, on_started: Started
     app.add_api_route("/v1/model", endpoints.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", endpoints.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", endpoints.metrics, methods=["GET"], response_model=None)
+    DeskEndpoints(endpoints, desk, settings).add_to(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     return app
 
 
-def serve(backend: Backend, settings: ServeSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
+def serve(
+    backend: Backend,
+    settings: ServeSettings,
+    desk: Desk | None = None,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish the questions at hand and return.
 
     One process, one event loop. ``on_ready`` gets the actual address, such as ``http://127.0.0.1:40913`` for port 0,
@@ -100,7 +116,7 @@ def serve(backend: Backend, settings: ServeSettings, *, on_ready: Callable[[str]
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(backend, settings, on_started=started),
+            create_app(backend, settings, desk, on_started=started),
             log_config=None,
             access_log=False,
             lifespan="on",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -21,9 +22,13 @@ _MAX_ANSWER_BYTES = 4_000_000
 _KEEP_ALIVE_S = 10.0
 
 
+Sink = Callable[[int, httpx.Headers], Callable[[bytes], object] | None]
+"""Gets status and headers of an answer and returns what takes its body piece by piece, or ``None`` to have it whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete HTTP answer."""
+    """A complete HTTP answer; ``body`` is empty where a :data:`Sink` took it."""
 
     status: int
     headers: httpx.Headers
@@ -38,6 +43,28 @@ class Reply:
             return None
         return wait if math.isfinite(wait) and wait >= 0 else None
 
+    @property
+    def problem(self) -> Mapping[str, object]:
+        """The JSON of a refusal; empty where there is none."""
+        try:
+            problem = json.loads(self.body)
+        except ValueError:
+            return {}
+        return problem if isinstance(problem, dict) else {}
+
+    def refusal(self) -> CloudError:
+        """Return what an answer that is no success means for the edge."""
+        message = f"status {self.status}: {self.problem.get('error', 'no reason given')}"
+        exact = self.problem.get("retry_after_s")
+        wait = float(exact) if isinstance(exact, int | float) and 0 <= exact < float("inf") else self.retry_after_s
+        match self.status:
+            case 429 | 503:
+                return CloudError(Reason.CLOUD_REFUSED, message, retry_after_s=wait)
+            case 504 | 408:
+                return CloudError(Reason.CLOUD_TIMEOUT, message)
+            case _:
+                return CloudError(Reason.CLOUD_BAD_ANSWER, message)
+
 
 @dataclass(slots=True)
 class Tally:
@@ -47,10 +74,11 @@ class Tally:
 
 
 class Uplink:
-    """A pooled, thread-safe HTTP client that holds a total deadline and counts what went up.
+    """A pooled, thread-safe HTTP client that holds a total deadline and counts what went up and came down.
 
-    ``bytes_sent`` is the number of request *body* bytes handed to the network, failed and repeated requests included;
-    request lines, headers (about 200 bytes each), TLS and TCP are not in it.
+    ``bytes_sent`` is the number of request *body* bytes handed to the network, failed and repeated requests included,
+    ``bytes_received`` that of the answers' bodies; request lines, headers (about 200 bytes each), TLS and TCP are not
+    in them.
     """
 
     def __init__(
@@ -70,13 +98,18 @@ class Uplink:
             # A proxy of the surroundings must not swallow questions to this same machine.
             trust_env=not is_loopback(host),
         )
-        self._sent = 0
+        self._sent = self._received = 0
         self._lock = threading.Lock()
 
     @property
     def bytes_sent(self) -> int:
         """Request body bytes since the start."""
         return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Answer body bytes since the start."""
+        return self._received
 
     def request(
         self,
@@ -87,11 +120,14 @@ class Uplink:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
         tally: Tally | None = None,
+        patience_s: float = math.inf,
+        sink: Sink | None = None,
     ) -> Reply:
         """Send one request and read its whole answer by ``deadline``, in seconds of ``time.monotonic``.
 
         Sending and reading stop at the deadline; connecting may take what was left when it began. ``tally`` counts the
-        body's bytes as they go up.
+        body's bytes as they go up. After ``patience_s`` seconds in which nothing moves it is given up earlier. An
+        answer of more than 4 MB needs a ``sink``, whose exceptions are let through.
 
         Raises:
             CloudError: no complete answer.
@@ -112,9 +148,9 @@ class Uplink:
                 path,
                 content=pieces() if body else None,
                 headers={**(headers or {}), **({"Content-Length": str(len(body))} if body else {})},
-                timeout=left,
+                timeout=min(left, patience_s),
             )
-            return self._exchange(request, deadline)
+            return self._exchange(request, deadline, sink)
         except httpx.TimeoutException as error:
             what = f"no answer within {left:.2f} s ({type(error).__name__})"
             raise CloudError(Reason.CLOUD_TIMEOUT, what) from None
@@ -136,12 +172,18 @@ class Uplink:
         if tally is not None:
             tally.bytes += size
 
-    def _exchange(self, request: httpx.Request, deadline: float) -> Reply:
+    def _exchange(self, request: httpx.Request, deadline: float, sink: Sink | None) -> Reply:
         response = self._http.send(request, stream=True)
         try:
+            take = None if sink is None else sink(response.status_code, response.headers)
             answer = bytearray()
             for piece in response.iter_bytes():
                 _check_time(deadline)
+                with self._lock:
+                    self._received += len(piece)
+                if take is not None:
+                    take(piece)
+                    continue
                 answer += piece
                 if len(answer) > _MAX_ANSWER_BYTES:
                     raise _AnswerTooLong

@@ -79,19 +79,20 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def explain(error: Exception, path: Path) -> BadInput:
-    """Return the one line that a user can act on."""
+    """Return the one line that a user can act on; ``path`` is named as what it is, such as ``ledger.sqlite``."""
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF  # the upper bits only refine it
     if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return _damaged(path, str(error))
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return BadInput("the ledger is in use by another run", where=path, fix="wait for it, or pass a new run folder")
+        fix = "wait for it, or pass a new run folder"
+        return BadInput(f"the {path.stem} is in use by another run", where=path, fix=fix)
     return BadInput(
-        f"the ledger cannot be read or written ({error})",
+        f"the {path.stem} cannot be read or written ({error})",
         where=path,
-        fix="check the folder and free space, then resume: recorded verdicts are kept",
+        fix="check the folder and free space, then resume: what was recorded is kept",
     )
 
 
 def _damaged(path: Path, what: str) -> BadInput:
-    return BadInput(f"the ledger is damaged ({what})", where=path, fix="restore a copy, or pass a new run folder")
+    return BadInput(f"the {path.stem} is damaged ({what})", where=path, fix="restore a copy, or pass a new run folder")
