@@ -89,5 +89,5 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path, first, then):
     broken = put(tmp_path / "broken.png", plate(0))
     broken.write_bytes(b"no image")
     bad = [*first, type(first[0])("broken", "plate", broken, Label.GOOD)]
-    with pytest.raises(BadInput, match="broken.png"):
+    with pytest.raises(BadInput, match=r"broken\.png"):
         build_stream(bad, then, rounds=2, parts=8, product="plate")

@@ -67,7 +67,7 @@ def build_stream(
     """
     if rounds < 2:
         raise BadInput("a stream that changes has at least 2 rounds", where=rounds)
-    rng = random.Random(seed)  # noqa: S311 - an order, no secret
+    rng = random.Random(seed)
     old_held, old = _apart(first, known, rng)
     new_held, new = _apart(then, known, rng) if then else (old_held, [])
     shares = shift(rounds) if then else [0.0] * rounds
@@ -98,7 +98,7 @@ def relight(stream: Stream, folder: Path) -> Stream:
 def relit(image: Image, strength: float) -> Image:
     """Return an image under a lamp that has aged by ``strength`` in [0, 1]: darker, flatter, and dim at the rim."""
     height, width = image.shape[:2]
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]  # type: ignore[misc]
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     vignette = 1 - 0.4 * strength * (x * x + y * y) / 2
     light = (image / 255.0) ** (1 + 0.4 * strength) * (1 - 0.3 * strength)
     return np.asarray(np.rint(255 * light * vignette[..., None]), dtype=np.uint8)

@@ -1,0 +1,93 @@
+"""Rulings: what was said about a sample, by whom, when, and how it was asked; kept as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from saec.data.manifest import write_atomic
+from saec.errors import BadInput, first_problem
+from saec.types import Label
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """One opinion on one part. A person's P(defect) is 0 or 1."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    sha256: str
+    part_id: str
+    p_defect: float
+    who: Literal["human", "model"]
+    model_id: str
+    asked: str
+    """UTC, ISO 8601."""
+    frame: str
+    """Name of the frame in which the sample came."""
+    scale: float = 1.0
+    """What the anomaly map was divided by before the model saw it."""
+
+    @property
+    def label(self) -> Label:
+        """What the part is called by this opinion."""
+        return Label.DEFECT if self.p_defect >= 0.5 else Label.GOOD
+
+    @property
+    def sure(self) -> float:
+        """max(P, 1 - P)."""
+        return max(self.p_defect, 1 - self.p_defect)
+
+
+_RULINGS = TypeAdapter(list[Ruling])
+
+
+def parse_rulings(tree: object, *, where: object) -> list[Ruling]:
+    """Return the rulings in plain JSON types.
+
+    Raises:
+        BadInput: they break the contract.
+    """
+    try:
+        return _RULINGS.validate_python(tree)
+    except ValidationError as error:
+        raise BadInput(
+            f"not opinions ({first_problem(error)})", where=where, fix="restore or remove the file"
+        ) from None
+
+
+def open_rulings(file: Path) -> list[Ruling]:
+    """Return the rulings of a file to be appended to; a line that a killed process left unfinished goes.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(file, whole)
+    try:
+        tree = [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise BadInput(f"not opinions ({error})", where=file, fix="restore or remove the file") from None
+    return parse_rulings(tree, where=file)
+
+
+def append_rulings(file: Path, rulings: Sequence[Ruling]) -> None:
+    """Append rulings; they are on the disk when this returns.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(asdict(each)) + "\n" for each in rulings)
+        stream.flush()
+        os.fsync(stream.fileno())
