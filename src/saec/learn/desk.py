@@ -8,17 +8,17 @@ Jobs run one at a time in one thread. One that had not ended when the process di
 runner must come to the same result when it is called twice.
 
 When the folder holds ``learn.desk_bytes``, the oldest ended jobs go, with their updates and the frames that no open job
-names. Open jobs, and frames that no job has named yet, are never thrown away: what does not fit then is refused.
+names. Open jobs, and frames that no job has named yet, are not thrown away: what does not fit then is refused. Frames
+may fill nine tenths, so that a job about them still fits. One that no job has named for a week goes at the next start.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import queue
-import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +28,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saec.cloud.desk import DeskFull, FramesMissing, Job, JobConflict, JobStatus, Judge
 from saec.config import LearnSettings
-from saec.data.manifest import write_atomic
 from saec.errors import BadInput, SaecError, first_problem
 from saec.fleet.frame import BadFrame, Frame, decode_frame, frame_id
-from saec.fleet.sqlite_file import lock, sync_folder
+from saec.fleet.sqlite_file import sync_folder
+from saec.learn.storage import Storage
 from saec.types import Opinion, Query
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ Returns JSON in which a value may be ``bytes``: an update, which is kept and rep
 KINDS = ("sample",)
 """The frames that are taken."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE_S = 10.0
+_FORGOTTEN_S = 7 * 86_400.0
 
 
 class _Stopped(Exception):
@@ -80,32 +80,27 @@ class FolderDesk:
         Raises:
             BadInput: it is in use by another process, cannot be written, or holds a job that cannot be read.
         """
-        self._root, self._run, self._settings = root, run, settings
+        self._run, self._settings = run, settings
         self._lock = threading.RLock()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._storage = Storage(root)
         try:
-            for part in ("jobs", "updates", *(f"frames/{byte:02x}" for byte in range(256))):
-                (root / part).mkdir(parents=True, exist_ok=True)
-            for folder in (root.parent, root, root / "frames"):
-                sync_folder(folder)
-            self._alone = lock(root / "desk")
-        except sqlite3.OperationalError as error:
-            fix = "stop the other service, or pass another folder"
-            raise BadInput(f"the desk is in use by another process ({error})", where=root, fix=fix) from None
-        except OSError as error:
-            raise BadInput("the desk's folder cannot be written", where=root, fix=error.strerror or "") from None
-        for left in _files(root, ".*"):  # half-written by a killed process
-            left.unlink()
-        records = sorted(map(_read, root.glob("jobs/*.json")), key=lambda record: record.number)
+            records = sorted(map(_read, self._storage.jobs.iterdir()), key=lambda record: record.number)
+        except BadInput:
+            self._storage.close()
+            raise
         self._records = {record.job.id: record for record in records}
-        self._frames = {file.name for file in root.glob("frames/*/*")}
         self._updates = {name for record in records for name in record.updates}
-        for file in root.glob("updates/*"):
-            if file.name not in self._updates:  # by a job that was killed: it will make it again
-                file.unlink()
-        self._used = sum(file.stat().st_size for file in _files(root, "*"))
+        for file in self._storage.updates.iterdir():
+            if file.name not in self._updates:  # of a job that was killed: it will make it again
+                self._storage.remove(file)
+        named = {name for record in records for name in record.frames}
+        for file in self._storage.frames.glob("*/*"):
+            if file.name not in named and file.stat().st_mtime < time.time() - _FORGOTTEN_S:
+                self._storage.remove(file)
+        self._frames = {file.name for file in self._storage.frames.glob("*/*")}
         for record in records:
             if not record.job.ended:
                 self._queue.put(record.job.id)
@@ -124,7 +119,7 @@ class FolderDesk:
             if self._thread.is_alive():
                 logger.warning("a job does not stop; it ends with the process")
                 return
-        self._alone.close()
+        self._storage.close()
 
     def put(self, name: str, data: bytes) -> bool:
         """Check and keep a frame; return, once it is durable, whether it is new."""
@@ -132,11 +127,11 @@ class FolderDesk:
             raise BadFrame("its bytes do not have the SHA-256 that it is named by")
         decode_frame(data, kinds=KINDS, most=self._settings.max_frame_bytes)
         with self._lock:
-            file = self._frame_file(name)
+            file = self._storage.frame(name)
             if name in self._frames:
-                sync_folder(file.parent)  # its writer may have been killed before it came to this
+                sync_folder(file.parent)  # whoever wrote it may have been killed before it came to this
                 return False
-            self._write(file, data)
+            self._write(file, data, reserve=self._settings.desk_bytes // 10)
             self._frames.add(name)
             return True
 
@@ -171,7 +166,7 @@ class FolderDesk:
     def update(self, sha256: str) -> bytes | None:
         """Return the bytes of an update."""
         with self._lock:
-            return (self._root / "updates" / sha256).read_bytes() if sha256 in self._updates else None
+            return self._storage.update(sha256).read_bytes() if sha256 in self._updates else None
 
     def jobs(self) -> Mapping[JobStatus, int]:
         """Return the number of jobs in each state."""
@@ -228,22 +223,17 @@ class FolderDesk:
                 plain[key] = frame_id(value)
                 updates.append(plain[key])
                 with self._lock:
-                    self._write(self._root / "updates" / plain[key], value)
+                    self._write(self._storage.update(plain[key]), value)
                     self._updates.add(plain[key])
         return json.loads(json.dumps(plain, allow_nan=False)), tuple(updates)
 
     def _frame(self, name: str) -> Frame:
         with self._lock:
-            if name not in self._frames:
+            data = self._storage.frame(name).read_bytes() if name in self._frames else b""
+            if frame_id(data) != name:
+                self._frames.discard(name)  # damaged on the disk: as good as never sent
                 raise FramesMissing([name])
-            data = self._frame_file(name).read_bytes()
         return decode_frame(data, kinds=KINDS, most=self._settings.max_frame_bytes)
-
-    def _frame_file(self, name: str) -> Path:
-        return self._root / "frames" / name[:2] / name
-
-    def _job_file(self, job_id: str) -> Path:
-        return self._root / "jobs" / f"{job_id}.json"
 
     def _save(self, record: _Record) -> None:
         """Make a job durable. It is on the books before it is on the disk, so that its frames are not thrown away."""
@@ -251,56 +241,36 @@ class FolderDesk:
             new = record.job.id not in self._records
             self._records[record.job.id] = record
             try:
-                self._write(self._job_file(record.job.id), record.model_dump_json().encode())
+                self._write(self._storage.job(record.job.id), record.model_dump_json().encode())
             except BaseException:
                 if new:
                     del self._records[record.job.id]
                 raise
 
-    def _write(self, file: Path, data: bytes) -> None:
-        """Write a file durably, making room for it. Call under the lock."""
-        self._make_room(len(data), file)
-        old = file.stat().st_size if file.exists() else 0
-        try:
-            write_atomic(file, data)
-            sync_folder(file.parent)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise DeskFull(f"the desk's disk is full ({error.strerror})") from None
-            raise
-        self._used += len(data) - old
-
-    def _make_room(self, needed: int, file: Path) -> None:
-        """Forget ended jobs, the oldest first, until ``needed`` bytes fit; not the one whose own file is written."""
-        most = self._settings.desk_bytes
-        ended = (r for r in self._records.values() if r.job.ended and self._job_file(r.job.id) != file)
+    def _write(self, file: Path, data: bytes, reserve: int = 0) -> None:
+        """Write a file and leave ``reserve`` bytes free, having forgotten as many ended jobs as it takes; not the one
+        whose own file is written."""
+        most, needed = self._settings.desk_bytes, len(data) + reserve
+        ended = (r for r in self._records.values() if r.job.ended and self._storage.job(r.job.id) != file)
         for record in sorted(ended, key=lambda record: record.number):
-            if self._used + needed <= most:
+            if self._storage.used + needed <= most:
                 break
             self._forget(record)
-        if self._used + needed > most:
-            raise DeskFull(f"the desk is full: {self._used} of {most} bytes are taken by what is still needed")
+        if self._storage.used + needed > most:
+            raise DeskFull(f"the desk is full: {self._storage.used} of {most} bytes are taken by what is still needed")
+        self._storage.write(file, data)
 
     def _forget(self, record: _Record) -> None:
-        """Throw an ended job away: its file last, so that a kill in the middle leaves what is needed to go on."""
+        """Throw an ended job away: its record last, so that a kill in the middle leaves what is needed to go on."""
         others = [other for other in self._records.values() if other is not record]
         for name in (record.frames & self._frames) - {n for r in others if not r.job.ended for n in r.frames}:
             self._frames.remove(name)
-            self._remove(self._frame_file(name))
+            self._storage.remove(self._storage.frame(name))
         for name in set(record.updates) - {n for r in others for n in r.updates}:
             self._updates.discard(name)
-            self._remove(self._root / "updates" / name)
+            self._storage.remove(self._storage.update(name))
         del self._records[record.job.id]
-        self._remove(self._job_file(record.job.id))
-
-    def _remove(self, file: Path) -> None:
-        if file.exists():
-            self._used -= file.stat().st_size
-            file.unlink()
-
-
-def _files(root: Path, pattern: str) -> list[Path]:
-    return [file for part in ("frames/*", "jobs", "updates") for file in root.glob(f"{part}/{pattern}")]
+        self._storage.remove(self._storage.job(record.job.id))
 
 
 def _read(file: Path) -> _Record:
