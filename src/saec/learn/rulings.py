@@ -1,7 +1,8 @@
-"""Rulings: what was said about a sample, by whom, when, and how it was asked; kept as lines of JSON."""
+"""What is said about samples: people's labels, and rulings with their provenance, kept as lines of JSON."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Sequence
@@ -91,3 +92,25 @@ def append_rulings(file: Path, rulings: Sequence[Ruling]) -> None:
         stream.writelines(json.dumps(asdict(each)) + "\n" for each in rulings)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def read_labels(file: Path) -> dict[str, Label]:
+    """Return people's labels from a CSV file with the columns ``part`` and ``label`` (good or defect); a part is named
+    by its id, the path of its image, or the SHA-256 of that.
+
+    Raises:
+        BadInput: the file cannot be read, lacks a column, or holds another label.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"cannot read the labels ({error})", where=file) from None
+    labels: dict[str, Label] = {}
+    for number, row in enumerate(rows, start=2):
+        part, label = row.get("part"), str(row.get("label")).strip().lower()
+        if not part or label not in (Label.GOOD, Label.DEFECT):
+            what = f"not a part and good or defect: {part!r:.60}, {label!r:.20}"
+            raise BadInput(what, where=f"{file}, line {number}", fix="write the columns part and label")
+        labels[part.strip()] = Label(label)
+    return labels

@@ -26,7 +26,7 @@ from saec.edge.station import read_manifest
 from saec.errors import BadInput, first_problem
 from saec.fleet.frame import Frame
 from saec.fleet.slots import current_folder
-from saec.learn.rulings import Ruling, append_rulings, open_rulings
+from saec.learn.rulings import Ruling, append_rulings, open_rulings, read_labels
 from saec.learn.samples import Sample, background, decode_sample
 from saec.learn.state import State, station_state, write_station
 from saec.learn.teaching import Without, lessons_of, teach
@@ -35,7 +35,7 @@ from saec.types import Image, Label, Opinion, Query
 Progress = Callable[[int, int], None]
 """``(done, total)``."""
 
-OPINIONS, STATIONS = "opinions.jsonl", "stations"
+OPINIONS, STATIONS, LABELS = "opinions.jsonl", "stations", "labels.csv"
 _AT_ONCE = 8
 _COPIES = 16
 """States of stations that are kept; the oldest go."""
@@ -67,20 +67,18 @@ class Teacher:
         settings: Settings,
         *,
         station: Path | None = None,
-        labels: Mapping[str, Label] | None = None,
     ) -> None:
         """Keep opinions and copies of the line's station in ``home``.
 
         Args:
-            home: a folder of its own.
+            home: a folder of its own. People may put a :data:`LABELS` there, and change it at any time.
             settings: the service's.
             station: a copy of the line's station; without one the line gets opinions and teaches itself.
-            labels: people's, by content hash or part id.
 
         Raises:
             BadInput: the opinions kept so far, or the station, cannot be read.
         """
-        self._home, self._settings, self._station, self._labels = home, settings, station, labels or {}
+        self._home, self._settings, self._station = home, settings, station
         home.mkdir(parents=True, exist_ok=True)
         self._known = {_key(each): each for each in open_rulings(home / OPINIONS)}
         if station is not None:
@@ -137,7 +135,9 @@ class Teacher:
     ) -> list[Ruling]:
         """Return an opinion on each sample, in order, but for those that the model has none on."""
         scale = _scale(samples.values(), usual)
-        found = {name: self._human(name, sample) or self._said(name, scale) for name, sample in samples.items()}
+        file = self._home / LABELS
+        labels = read_labels(file) if file.is_file() else {}
+        found = {name: _human(name, sample, labels) or self._said(name, scale) for name, sample in samples.items()}
         silent = [name for name, ruling in found.items() if ruling is None]
         for start in range(0, len(silent), _AT_ONCE):
             names = silent[start : start + _AT_ONCE]
@@ -151,10 +151,6 @@ class Teacher:
         append_rulings(self._home / OPINIONS, fresh)
         self._known |= {_key(each): each for each in fresh}
         return ruled
-
-    def _human(self, name: str, sample: Sample) -> Ruling | None:
-        label = self._labels.get(sample.sha256) or self._labels.get(sample.query.part_id) or sample.human
-        return None if label is None else _ruling(name, sample, float(label is Label.DEFECT), "", 1.0, human=True)
 
     def _said(self, name: str, scale: float) -> Ruling | None:
         return self._known.get((name, "model", round(scale, 6)))
@@ -179,6 +175,11 @@ class Teacher:
 
 def _key(ruling: Ruling) -> tuple[str, str, float]:
     return ruling.frame, ruling.who, round(ruling.scale, 6)
+
+
+def _human(name: str, sample: Sample, labels: Mapping[str, Label]) -> Ruling | None:
+    label = labels.get(sample.sha256) or labels.get(sample.query.part_id) or sample.human
+    return None if label is None else _ruling(name, sample, float(label is Label.DEFECT), "", 1.0, human=True)
 
 
 def _scale(samples: Iterable[Sample], usual: float | None) -> float:
