@@ -5,6 +5,8 @@ The same computation as :meth:`saec.vlm.loupe.model.Loupe.see`; layer scales are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from saec.vlm.contract.bundle import Precision, Vision
@@ -47,18 +49,89 @@ def loupe_vision(
     return made.finish(embeds, vision, hidden)
 
 
+def loupe_lower(
+    tower: Weights, precision: Precision, *, heads: int, split: int, sizes: LoupeSizes = LOUPE
+) -> tuple[Graph, TensorSpec]:
+    """Return the graph of the first ``split`` blocks, ``pixel_values`` to ``state``, and what the state is."""
+    made = Tower(precision, heads=heads, eps=EPS, activation="gelu")
+    pixels = made.input(TensorSpec(name="pixel_values", shape=(1, 3, *[sizes.image_side] * 2), dtype="float32"))
+    x = _embedded(made, pixels, tower, sizes)
+    for number in range(split):
+        x = made.block(x, _block(tower, f"encoder.layer.{number}"))
+    width = tower["embeddings.cls_token"].size
+    state = TensorSpec(name="state", shape=(1, 1 + sizes.patches**2, width), dtype="float32")
+    made.graph.output(state, x)
+    return made.graph, state
+
+
+def loupe_upper(
+    tower: Weights, precision: Precision, *, heads: int, split: int, sizes: LoupeSizes = LOUPE
+) -> tuple[Graph, TensorSpec]:
+    """Return the graph of the other blocks, ``state`` and ``masks`` [2 blocks, 1, T, width] to ``tokens`` [1, L, W].
+
+    What each block's two branches add is multiplied with a mask: with ones it is the tower that the model has, with
+    zeros and 1 / (1 - p) it is dropout inside the network (Gal and Ghahramani, ICML 2016). The tokens are those that
+    the projector takes.
+    """
+    made = Tower(precision, heads=heads, eps=EPS, activation="gelu")
+    graph, count = made.graph, 2 * (max(sizes.tower_layers) - split)
+    width = tower["embeddings.cls_token"].size
+    rows = 1 + sizes.patches**2
+    state = made.input(TensorSpec(name="state", shape=(1, rows, width), dtype="float32"))
+    all_masks = made.input(TensorSpec(name="masks", shape=(count, 1, rows, width), dtype="float32"))
+    whole = graph.ops("Split", all_masks, outputs=count, axis=0, num_outputs=count)
+    masks = [graph.op("Squeeze", each, graph.ints(0)) for each in whole]
+    seen = _blocks(made, state, tower, sizes, first=split, masks=masks)
+    wide = width * len(sizes.tower_layers)
+    spec = TensorSpec(name="tokens", shape=(1, sizes.image_tokens, sizes.merge**2 * wide), dtype="float32")
+    graph.output(spec, made.merged(seen, sizes.patches, sizes.merge, channels=wide))
+    return graph, spec
+
+
+def loupe_projector(projector: Weights, sizes: LoupeSizes = LOUPE) -> Graph:
+    """Return the graph from standardised ``tokens`` [1, L, W] and ``anomaly_map`` [1, P, P] to ``image_embeds``.
+
+    Standardised is what layer normalisation makes of a token before its scale and shift: mean 0, variance 1.
+    """
+    made = Tower("float32", heads=1, eps=EPS, activation="gelu")
+    scale, shift = norm_of(projector, "norm")
+    tokens = made.input(TensorSpec(name="tokens", shape=(1, sizes.image_tokens, len(scale)), dtype="float32"))
+    anomaly_map = made.input(TensorSpec(name="anomaly_map", shape=(1, sizes.patches, sizes.patches), dtype="float32"))
+    x = made.add(
+        made.graph.op("Mul", tokens, made.graph.weight("projector.norm.scale", scale)), "projector.norm.shift", shift
+    )
+    embeds = _mixed(made, x, _standardised(made, anomaly_map, sizes), projector)
+    spec = TensorSpec(
+        name="image_embeds", shape=(1, sizes.image_tokens, len(projector["visual.bias"])), dtype="float32"
+    )
+    made.graph.output(spec, embeds)
+    return made.graph
+
+
 def _seen(made: Tower, pixels: str, tower: Weights, sizes: LoupeSizes) -> str:
     """Return the normalised patches of the chosen blocks side by side: [1, patches, layers x width]."""
+    return _blocks(made, _embedded(made, pixels, tower, sizes), tower, sizes)
+
+
+def _embedded(made: Tower, pixels: str, tower: Weights, sizes: LoupeSizes) -> str:
+    """Return the class token and the patches, with their positions: [1, 1 + patches, width]."""
     kernel = tower["embeddings.patch_embeddings.projection.weight"]
     positions = tower["embeddings.position_embeddings"][0]
     first = tower["embeddings.cls_token"].reshape(1, 1, -1) + positions[:1]
     grid = resized_positions(positions[1:], sizes.patches) + tower["embeddings.patch_embeddings.projection.bias"]
     x = made.add(made.patches(pixels, kernel, sizes.image_side), "positions", grid[None])
-    x = made.graph.op("Concat", made.graph.weight("class", first.astype(made.dtype)), x, axis=1)
+    return made.graph.op("Concat", made.graph.weight("class", first.astype(made.dtype)), x, axis=1)
+
+
+def _blocks(
+    made: Tower, x: str, tower: Weights, sizes: LoupeSizes, *, first: int = 0, masks: Sequence[str] | None = None
+) -> str:
+    """Return the normalised patches of the chosen blocks, from the state ``x`` after the ``first`` blocks on."""
     found = []
-    for number in range(1, max(sizes.tower_layers) + 1):
-        x = made.block(x, _block(tower, f"encoder.layer.{number - 1}"))
-        if number in sizes.tower_layers:
+    for number in range(first, max(sizes.tower_layers)):
+        both = None if masks is None else (masks[2 * (number - first)], masks[2 * (number - first) + 1])
+        x = made.block(x, _block(tower, f"encoder.layer.{number}"), both)
+        if number + 1 in sizes.tower_layers:
             found.append(made.without_class(made.norm(x, "layernorm", *norm_of(tower, "layernorm"))))
     return made.graph.op("Concat", *found, axis=-1)
 
@@ -86,10 +159,14 @@ def _standardised(made: Tower, anomaly_map: str, sizes: LoupeSizes) -> str:
 
 
 def _projected(made: Tower, seen: str, cells: str, weights: Weights, sizes: LoupeSizes) -> str:
-    graph, plain = made.graph, made.dtype
     width = weights["norm.weight"].shape[0] // sizes.merge**2
     x = made.merged(seen, sizes.patches, sizes.merge, channels=width)
-    x = made.norm(x, "projector.norm", *norm_of(weights, "norm"), eps=PROJECTOR_EPS)
+    return _mixed(made, made.norm(x, "projector.norm", *norm_of(weights, "norm"), eps=PROJECTOR_EPS), cells, weights)
+
+
+def _mixed(made: Tower, x: str, cells: str, weights: Weights) -> str:
+    """Return what the projector makes of normalised tokens and of the map's cells."""
+    graph, plain = made.graph, made.dtype
     x = made.linear(x, linear_of(weights, "visual"))
     m = graph.op("Concat", cells, graph.op("Mul", cells, cells), axis=-1)
     m = made.active(emit(graph, m, linear_of(weights, "map.0"), plain), "gelu")

@@ -63,12 +63,15 @@ class Tower:
         """Add an array."""
         return self.graph.op("Add", x, self.graph.weight(name, values.astype(self.dtype)))
 
-    def block(self, x: str, layers: Block) -> str:
-        """Return [1, T, hidden] after one more block."""
+    def block(self, x: str, layers: Block, masks: tuple[str, str] | None = None) -> str:
+        """Return [1, T, hidden] after one more block; ``masks`` [1, T, hidden] are what its two branches are multiplied
+        with, as dropout does."""
         graph, name = self.graph, layers.gathered.name
-        x = graph.op("Add", x, self._attended(self.norm(x, f"{name}.norm1", *layers.norms[0]), layers))
+        attended = self._attended(self.norm(x, f"{name}.norm1", *layers.norms[0]), layers)
+        x = graph.op("Add", x, attended if masks is None else graph.op("Mul", attended, masks[0]))
         inner = self.linear(self.norm(x, f"{name}.norm2", *layers.norms[1]), layers.wide)
-        return graph.op("Add", x, self.linear(self.active(inner, self._activation), layers.narrow))
+        narrow = self.linear(self.active(inner, self._activation), layers.narrow)
+        return graph.op("Add", x, narrow if masks is None else graph.op("Mul", narrow, masks[1]))
 
     def norm(self, x: str, name: str, scale: Array, shift: Array, *, eps: float | None = None) -> str:
         """Layer normalisation over the last axis."""
