@@ -106,14 +106,14 @@ def test_a_sample_arrives_with_all_that_the_teacher_needs():
 
 
 def test_with_tokens_no_image_is_in_the_frame():
-    tokens = Tokens(np.ones((3, 8), np.float32), np.array([1, 4, 6], np.int32), 16, "loupe")
+    tokens = Tokens(np.ones((3, 8), np.int8), 0.25, np.array([1, 4, 6], np.int32), 16, "loupe")
     frame = encode_sample(sample(tokens=tokens), SETTINGS)
     assert "image" not in frame.arrays
     two = there_and_back(sample(tokens=tokens))
     assert two.query.image is None
     assert two.query.tokens.total == 16
     np.testing.assert_array_equal(two.query.tokens.indices, [1, 4, 6])
-    np.testing.assert_array_equal(two.query.tokens.values, tokens.values)
+    np.testing.assert_array_equal(two.query.tokens.levels, tokens.levels)
 
 
 @given(arrays.arrays(np.float32, (3, 4), elements=st.floats(0.03125, 64, width=32)))

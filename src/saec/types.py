@@ -158,12 +158,13 @@ class Route:
 class Tokens:
     """Visual tokens of one image, for models that take them in place of its pixels.
 
-    ``values`` [k, D] float32 are the tokens' coordinates in a basis; ``indices`` [k] int32, ascending, say which of the
-    image's ``total`` tokens (row by row) they are. ``model_id`` names the tower and the basis, without which the
-    numbers mean nothing.
+    ``levels`` [k, D] int8 times ``scale`` are the tokens' coordinates in a basis; ``indices`` [k] int32, ascending, say
+    which of the image's ``total`` tokens (row by row) they are. ``model_id`` names the tower and the basis, without
+    which the numbers mean nothing.
     """
 
-    values: NDArray[np.float32]
+    levels: NDArray[np.int8]
+    scale: float
     indices: NDArray[np.int32]
     total: int
     model_id: str
@@ -279,6 +280,16 @@ class CloudClient(Protocol):
 
     def close(self) -> None:
         """Release connections."""
+        ...
+
+
+class Tokeniser(Protocol):
+    """A model on the edge that makes visual tokens of images. Thread-safe."""
+
+    model_id: str
+
+    def tokens(self, image: Image) -> Tokens:
+        """Return those of an image's tokens that go up."""
         ...
 
 

@@ -22,6 +22,7 @@ from saec.data.decode import UnreadableImage, decode_image
 from saec.errors import first_problem
 from saec.fleet.frame import BadFrame, Frame
 from saec.types import Box, Heatmap, Image, Label, Query, Tokens, Verdict
+from saec.vlm.tokens.codec import check_tokens
 
 SAMPLE = "sample"
 
@@ -102,8 +103,8 @@ class _Header(BaseModel):
     scene: float | None = None
     label: Label = Field(strict=False)
     human: Label | None = Field(None, strict=False)
-    tokens: tuple[str, int] | None = Field(None, strict=False)
-    """Model and number of the tokens that these were chosen from."""
+    tokens: tuple[str, int, float] | None = Field(None, strict=False)
+    """Model, number of the tokens that these were chosen from, and the scale of their levels."""
 
 
 def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
@@ -124,11 +125,11 @@ def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
         scene=sample.scene,
         label=sample.label,
         human=sample.human,
-        tokens=None if query.tokens is None else (query.tokens.model_id, query.tokens.total),
+        tokens=None if query.tokens is None else (query.tokens.model_id, query.tokens.total, query.tokens.scale),
     )
     arrays: dict[str, NDArray[Any]] = {}
     if query.tokens is not None:
-        arrays |= {"values": query.tokens.values.astype(np.float16), "indices": query.tokens.indices}
+        arrays |= {"levels": query.tokens.levels, "indices": query.tokens.indices}
     elif query.image is not None:
         jpeg = encode_jpeg(shrink(query.image, settings.max_side), settings.jpeg_quality)
         arrays["image"] = np.frombuffer(jpeg, dtype=np.uint8)
@@ -196,8 +197,5 @@ def _image(frame: Frame, name: str, max_pixels: int) -> Image:
     return decode_image(data.tobytes(), name=name, max_pixels=max_pixels)
 
 
-def _tokens(frame: Frame, model_id: str, total: int) -> Tokens:
-    values, indices = frame.arrays["values"], frame.arrays["indices"]
-    if values.ndim != 2 or indices.shape != values.shape[:1]:
-        raise ValueError("its tokens do not fit their indices")
-    return Tokens(values.astype(np.float32), indices.astype(np.int32), total, model_id)
+def _tokens(frame: Frame, model_id: str, total: int, scale: float) -> Tokens:
+    return check_tokens(Tokens(frame.arrays["levels"], scale, frame.arrays["indices"], total, model_id))

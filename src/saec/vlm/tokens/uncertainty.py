@@ -1,0 +1,59 @@
+"""Which tokens a model is least sure of. Pure functions on arrays.
+
+Monte-Carlo dropout (Gal and Ghahramani, ICML 2016) inside the tower: what a token is varies from pass to pass where its
+meaning hangs on few units. Dropout on a finished token would only measure its length (collaborative_learning.md), so
+lengths are taken out: what counts is how far the passes' directions disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from saec.types import Image
+
+Array = NDArray[np.float32]
+
+_GREYS = 32
+"""Levels of grey whose entropy counts: finer ones would count the camera's noise."""
+
+
+def dropout_masks(shape: tuple[int, ...], p: float, seed: bytes) -> Array:
+    """Return a mask: 0 with probability ``p``, else 1 / (1 - p), the same for the same seed."""
+    rng = np.random.default_rng(int.from_bytes(seed, "big"))
+    return (rng.random(shape, dtype=np.float32) >= p).astype(np.float32) / np.float32(1 - p)
+
+
+def dispersion(passes: Iterable[Array]) -> NDArray[np.float64]:
+    """Return 1 - |mean unit vector|^2 of each token [L] over passes [L, W]: exactly 0 where all agree, at most 1."""
+    directions = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in map(np.float64, passes))
+    first = next(directions)
+    count, total, squares = 1, np.zeros_like(first), np.zeros(len(first))
+    for each in directions:
+        # The same as the mean of |unit vector - mean|^2, from differences to the first pass: no digits cancel.
+        apart = each - first
+        count, total, squares = count + 1, total + apart, squares + (apart**2).sum(axis=1)
+    return np.asarray(np.maximum(squares / count - ((total / count) ** 2).sum(axis=1), 0))
+
+
+def grey_entropy(image: Image, side: int) -> NDArray[np.float64]:
+    """Return the entropy in nats of the grey levels under each of ``side`` x ``side`` tokens, row by row.
+
+    ``image`` [H, W, 3] is what the tower's square shows; H and W are multiples of ``side``.
+    """
+    levels = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.int64) * _GREYS // 256
+    rows, columns = (length // side for length in levels.shape)
+    under = levels.reshape(side, rows, side, columns).transpose(0, 2, 1, 3).reshape(side * side, -1)
+    counts = np.stack([np.bincount(cells, minlength=_GREYS) for cells in under])
+    shares = counts / under.shape[1]
+    return np.asarray(-(shares * np.log(np.maximum(shares, 1e-12))).sum(axis=1))
+
+
+def most_uncertain(uncertainty: NDArray[np.float64], ratio: float) -> NDArray[np.int32]:
+    """Return the indices, ascending, of exactly ceil(ratio L) tokens; among equals the first ones go."""
+    count = math.ceil(ratio * len(uncertainty) - 1e-9)  # 0.07 x 100 is a little more than 7 in floating point
+    return np.sort(np.argsort(-uncertainty, kind="stable")[:count]).astype(np.int32)
