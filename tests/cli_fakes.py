@@ -241,6 +241,7 @@ def modules() -> dict[str, types.ModuleType]:
     found = {}
     for name, members in (
         ("saec.edge.station", {"Station": Station}),
+        ("saec.edge.hot", {"HotStation": lambda path, settings: Station.load(path, settings=settings)}),
         ("saec.edge.fit", {"fit_station": fit_station}),
         ("saec.cloud.expert", {"ExpertBackend": ExpertBackend, "fit_expert": fit_expert}),
     ):

@@ -20,7 +20,7 @@ from saec.cli.options import (
     RunOption,
     SetOption,
     StationOption,
-    load_station,
+    follow_station,
     open_cloud,
     open_explainer,
     patient,
@@ -58,7 +58,8 @@ def inspect(
     """Inspect images: a verdict for every part, in a run folder with a report.
 
     Interrupted by Ctrl-C, a kill or a power cut, the same command goes on where it was: no part is lost or judged
-    twice. The run folder may grow: new images under new names are added to it.
+    twice. The run folder may grow: new images under new names are added to it. A new version of the station (saec
+    learn) is taken up between two parts; each verdict names the version that judged it.
     """
     from saec.cli.live import live
     from saec.cli.tell import refuse_unreadable, tell_run
@@ -67,7 +68,7 @@ def inspect(
 
     settings = patient(settings_of(config, set_, route__budget_share=escalation, explain__model=explain), cloud)
     _refuse_inside(out, images)
-    judge = load_station(station, settings)
+    judge = follow_station(station, settings)
     done = recorded(out)
     watcher = None
     total = None

@@ -14,6 +14,7 @@ from saec.errors import BadInput
 if TYPE_CHECKING:
     from saec.config import Settings
     from saec.data.dataset import Dataset
+    from saec.edge.hot import HotStation
     from saec.edge.station import Station
     from saec.types import Backend, CloudClient, Explainer, Part
 
@@ -89,7 +90,7 @@ def patient(settings: Settings, cloud: str | None) -> Settings:
 
 
 def load_station(path: Path, settings: Settings) -> Station:
-    """Return a station.
+    """Return a station, in the version that counts now.
 
     Raises:
         BadInput: none there, damaged, or of another version.
@@ -97,6 +98,13 @@ def load_station(path: Path, settings: Settings) -> Station:
     from saec.edge.station import Station
 
     return Station.load(path, settings=settings)
+
+
+def follow_station(path: Path, settings: Settings) -> HotStation:
+    """Return a station that takes up its next version while it runs; see :func:`load_station`."""
+    from saec.edge.hot import HotStation
+
+    return HotStation(path, settings)
 
 
 EXPERT = "expert"

@@ -28,6 +28,9 @@ from saec.fleet.sqlite_file import lock, sync_folder
 
 SLOTS, POINTER = "slots", "current.json"
 
+VERSION_ROLE = "version"
+"""Under this key the models of a verdict name the version that judged, where it is not version 0."""
+
 _STAGED = ".staged"
 _KEPT = 200  # entries of the history
 
@@ -80,7 +83,7 @@ class Slots:
                 int(tree["highest"]),
                 tuple(tree["history"]),
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return Pointer()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, str(error)) from None

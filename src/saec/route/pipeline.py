@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from saec.config import Settings
 from saec.data.hashing import sha256_json
 from saec.fleet.ledger import Ledger
+from saec.fleet.slots import VERSION_ROLE
 from saec.route.ask import Asker
 from saec.route.budget import Budget, SharedBudget
 from saec.route.channel import Channel
@@ -84,9 +85,15 @@ def inspect_stream(
         Exception: whatever ``parts`` raised (after all parts taken before it have their verdict), ``on_verdict``
             raised, or a stage crashed with.
     """
-    ledger.bind(station=sha256_json(dict(edge.models)), settings=routing_fingerprint(settings))
+    ledger.bind(station=station_fingerprint(edge), settings=routing_fingerprint(settings))
     run = _Run(edge, decode, scene, cloud, explainer, settings, ledger, on_verdict, clock, rng or random.Random())
     return run.execute(parts)
+
+
+def station_fingerprint(edge: Edge) -> str:
+    """Return the hash of who judges, versions aside: a run goes on with the next version of its station, or with the
+    one before, and each verdict says which version made it."""
+    return sha256_json({role: name for role, name in edge.models.items() if role != VERSION_ROLE})
 
 
 def routing_fingerprint(settings: Settings) -> str:
