@@ -54,7 +54,7 @@ def digest(tensors: Tensors, document: Mapping[str, Any]) -> bytes:
     """Return the SHA-256 over tensors and document, the same on every machine."""
     found = hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode())
     for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name])
+        value = np.asarray(tensors[name], order="C")
         little = value.astype(value.dtype.newbyteorder("<"), copy=False)
         found.update(f"\n{len(name)} {name} {little.dtype.str} {value.shape}\n".encode())
         found.update(little.tobytes())
@@ -89,7 +89,7 @@ def files_of_state(state: State, main: str) -> dict[str, bytes]:
     groups: dict[str, dict[str, NDArray[Any]]] = {}
     for name in sorted(state.tensors):
         stem, _, key = name.rpartition("/")
-        groups.setdefault(f"{stem}{_TENSORS}" if stem else main, {})[key] = np.ascontiguousarray(state.tensors[name])
+        groups.setdefault(f"{stem}{_TENSORS}" if stem else main, {})[key] = np.asarray(state.tensors[name], order="C")
     metadata = {"format": "pt"} if main == WEIGHTS else None  # as PEFT writes it
     files = {name: dump_tensors(tensors, metadata=metadata) for name, tensors in groups.items()}
     return files | {name: json.dumps(tree, indent=1).encode() for name, tree in state.document.items()}
