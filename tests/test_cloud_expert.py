@@ -13,10 +13,11 @@ import pytest
 
 from edge_parts import SETTINGS, blot_of, blotted, dataset, defects, good_parts, parts, plate
 from saec.cloud.embedded import EmbeddedClient
-from saec.cloud.expert import FORMAT, INDEX, MIN_DEFECTS, ExpertBackend, fit_expert
+from saec.cloud.expert import FORMAT, INDEX, ExpertBackend, fit_expert
 from saec.data.dataset import Dataset
 from saec.edge.fit import fit_station
 from saec.edge.folder import write_folder
+from saec.edge.head import MIN_DEFECTS
 from saec.errors import BadInput
 from saec.types import Backend, Box, CloudError, Label, Opinion, Part, Query, Reason
 

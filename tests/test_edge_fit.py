@@ -14,7 +14,7 @@ from edge_parts import SETTINGS, blotted, dataset, defects, good_parts, parts, p
 from saec.calibrate.calibration import ONE_GOOD, CalibrationData, calibrate, content_digest
 from saec.calibrate.fusion import Fusion
 from saec.data.readers import read_dataset
-from saec.edge import detector, fitters
+from saec.edge import detector, fitters, replay
 from saec.edge.fit import fit_station
 from saec.edge.station import Station, station_files
 from saec.errors import BadInput
@@ -55,7 +55,7 @@ def seen_by_calibration(monkeypatch) -> list[CalibrationData]:
         handed.append(data)
         return calibrate(data, settings)
 
-    monkeypatch.setattr(fitters, "calibrate", spy)
+    monkeypatch.setattr(replay, "calibrate", spy)
     return handed
 
 

@@ -93,7 +93,8 @@ def test_a_station_can_be_saved_over_itself(copied):
 
 def test_the_folder_holds_safetensors_json_and_a_picture_and_every_hash(saved):
     files = contents(saved)
-    assert set(files) == {INDEX, "plate/memory.safetensors", "plate/model.json", "plate/reference.png"}
+    names = {"memory.safetensors", "model.json", "reference.png", "replay.safetensors"}
+    assert set(files) == {INDEX, *(f"plate/{name}" for name in names)}
     index = json.loads(files.pop(INDEX))
     assert index["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     assert index["version"] == saec.__version__
@@ -176,9 +177,9 @@ def test_no_station_says_how_to_make_one(tmp_path):
 
 
 def test_a_station_of_another_format_is_refused(copied):
-    for format_ in (2, 0, None, "1"):
+    for format_ in (3, 0, None, "1"):
         resealed(copied, format=format_)
-        assert f"format {format_}, this version reads 1" in refusal(copied)
+        assert f"format {format_}, this version reads 2" in refusal(copied)
 
 
 def test_a_station_of_another_backbone_is_refused(copied):
@@ -301,7 +302,7 @@ def test_hostile_product_names_stay_inside_the_station(tmp_path):
     model = station()._products["plate"]
     models = dict.fromkeys(HOSTILE, model)
     files = {name: hashlib.sha256(data).hexdigest() for name, data in station_files(models).items()}
-    assert len(files) == 3 * len(HOSTILE)
+    assert len(files) == 4 * len(HOSTILE)
     manifest = replace(station().manifest, products=HOSTILE, files=files)
     Station(models, manifest).save(tmp_path / "deep" / "station")
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]

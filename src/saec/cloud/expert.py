@@ -26,7 +26,6 @@ from safetensors.numpy import save as dump_tensors
 
 from saec.calibrate.conformal import overkill_threshold
 from saec.calibrate.score import ScoreCalibration
-from saec.cloud.head import Head, best_ridge, fit_head, pooled
 from saec.cloud.images import encode_jpeg, shrink
 from saec.config import Settings
 from saec.data.dataset import Dataset
@@ -37,10 +36,12 @@ from saec.edge.detector import MemoryDetector, PatchPool
 from saec.edge.evidence import heatmap_evidence
 from saec.edge.fitters import COPIES, Progress, disturbed, heat_threshold, read_to_fit
 from saec.edge.folder import read_checked, read_index, write_folder
+from saec.edge.head import MIN_DEFECTS, Head, best_ridge, fit_head, pool_features
 from saec.edge.station import bank_tensors, detector_of, folder_name
 from saec.errors import BadInput
 from saec.types import Evidence, Image, Label, Observation, Opinion, Part, Query
 from saec.vlm.geometry import to_original
+from saec.vlm.view import pixels_of
 
 FORMAT = 1
 INDEX = "expert.json"
@@ -50,9 +51,6 @@ ZOOMS = (0.7, 1.0, 1.4)
 LARGEST = 640
 MAX_GOOD = 150
 """Good training parts of a product that the expert looks at, drawn by lot: the edge's memory has seen them all."""
-
-MIN_DEFECTS = 20
-"""Fewer labelled defects than this do not make a supervised head."""
 
 ENOUGH = 15
 """Good parts that place the threshold where no calibration split does; a fold holds fewer where there are few parts."""
@@ -72,7 +70,7 @@ class ExpertModel:
         plain = [self.detector.backbone(image, side) for side in self.detector.sides]
         seen = self.detector.compare(plain)
         heatmap = np.asarray(seen.heatmap, dtype=np.float32)
-        raw = seen.score if self.head is None else self.head.score(pooled(image, plain, self.detector))
+        raw = seen.score if self.head is None else self.head.score(_pooled(image, plain, self.detector))
         return float(self.score.p_defect(raw)), heatmap
 
 
@@ -132,7 +130,7 @@ def _fit_product(
         elif not is_defect[number]:
             held.append(plain)
         if with_head:
-            rows.append(pooled(image, plain, looker))
+            rows.append(_pooled(image, plain, looker))
         if progress is not None:
             progress(f"{product}: the expert looks closely", number + 1, len(parts))
     detector = pool.fit(backbone, sides)
@@ -180,6 +178,13 @@ def _seen_in_folds(
     return seen
 
 
+def _pooled(image: Image, plain: Sequence[Features], detector: MemoryDetector) -> NDArray[np.float64]:
+    """Return the pooled features of an image [D], averaged over the image and its mirror image."""
+    mirror = np.ascontiguousarray(image[:, ::-1])
+    turned = [detector.backbone(mirror, side) for side in detector.sides]
+    return np.asarray((pool_features(plain) + pool_features(turned)) / 2)
+
+
 def _read(part: Part, settings: Settings) -> tuple[str, Image]:
     """Return the file's sha256 and the image as the uplink will bring it: what JPEG does to it is learnt, not met."""
     sha256, image = read_to_fit(part, settings)
@@ -202,8 +207,12 @@ class ExpertBackend:
         model = self._models.get(query.product)
         if model is None:
             return BadInput("the expert does not know this product", where=query.product)
-        p_defect, heatmap = model.p_defect(query.image)
-        size = (query.image.shape[1], query.image.shape[0])
+        try:
+            image = pixels_of(query)
+        except BadInput as error:
+            return error
+        p_defect, heatmap = model.p_defect(image)
+        size = (image.shape[1], image.shape[0])
         evidence = heatmap_evidence(heatmap, model.heat_threshold, size, is_defect=p_defect >= 0.5)
         boxes = tuple(
             to_original((box.x1, box.y1, box.x2, box.y2), size, query, score=box.score) for box in evidence.boxes

@@ -26,7 +26,11 @@ class MemoryDetector:
 
     def observe(self, image: Image) -> Observation:
         """Return score and heatmap of one image, [H, W, 3] uint8 BGR of any size."""
-        return self.compare([self.backbone(image, side) for side in self.sides])
+        return self.compare(self.features(image))
+
+    def features(self, image: Image) -> list[Features]:
+        """Return what the backbone makes of an image at each of :attr:`sides`."""
+        return [self.backbone(image, side) for side in self.sides]
 
     def compare(self, features: Sequence[Features]) -> Observation:
         """Return score and heatmap from features at :attr:`sides`: the means over the passes.
@@ -39,6 +43,13 @@ class MemoryDetector:
         same_grid = [maps[0], *(cv2.resize(heat, (columns, rows), interpolation=cv2.INTER_LINEAR) for heat in maps[1:])]
         heatmap: Heatmap = np.mean(same_grid, axis=0, dtype=np.float32)
         return Observation(score=score, heatmap=heatmap)
+
+
+def mean_observation(judges: Sequence[MemoryDetector], features: Sequence[Features]) -> Observation:
+    """Return the mean of what several detectors with the same sides see."""
+    seen = [judge.compare(features) for judge in judges]
+    heats = [one.heatmap for one in seen if one.heatmap is not None]
+    return Observation(float(np.mean([one.score for one in seen])), np.mean(heats, axis=0, dtype=np.float32))
 
 
 class PatchPool:

@@ -12,15 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
-from saec.calibrate.calibration import ONE_GOOD, Calibration, CalibrationData, calibrate, content_digest
+from saec.calibrate.calibration import ONE_GOOD
 from saec.config import Settings
 from saec.data.decode import UnreadableImage, read_with_hash
 from saec.data.hashing import Fingerprint, fingerprint_image, group_near_duplicates
 from saec.edge.backbone import Backbone, Features, working_sides
 from saec.edge.classifier import OnnxClassifier, temperature_of
-from saec.edge.detector import MemoryDetector, PatchPool
+from saec.edge.detector import MemoryDetector, PatchPool, mean_observation
 from saec.edge.evidence import relative
+from saec.edge.head import Doubles, fit_edge_head, pool_features
+from saec.edge.replay import Replay
 from saec.edge.station import ProductModel
 from saec.errors import BadInput
 from saec.scene import scene_complexity
@@ -51,14 +54,19 @@ class _Read:
     image: Image
 
 
+Look = Callable[[Image], tuple[Observation, Doubles]]
+"""What a detector sees in an image, and its pooled features, none for a classifier."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Scored:
     """A held-out part and what the detector saw in it."""
 
     part: Part
-    sha256: str
+    print: Fingerprint
     scene: float
     seen: Observation
+    pooled: Doubles
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -85,35 +93,40 @@ class Fitter(ABC):
     def _read(self, part: Part) -> _Read:
         return _Read(part, *read_to_fit(part, self.settings))
 
-    def scored(self, parts: Sequence[Part], step: str, look: Callable[[Image], Observation]) -> list[_Scored]:
+    def scored(self, parts: Sequence[Part], step: str, look: Look) -> list[_Scored]:
         """Read and score held-out parts."""
         return [
-            _Scored(read.part, read.sha256, scene_complexity(read.image).score, look(read.image))
+            _Scored(
+                read.part,
+                fingerprint_image(read.sha256, read.image),
+                scene_complexity(read.image).score,
+                *look(read.image),
+            )
             for read in self.read(parts, step)
         ]
 
-    def calibrated(
-        self, product: str, good: Sequence[_Scored], defects: Sequence[_Scored], reference: Image, *, cross_fitted: bool
-    ) -> Calibration:
-        """Return the product's operating point from held-out parts."""
+    def replay(self, product: str, good: Sequence[_Scored], defects: Sequence[_Scored], reference: Image) -> Replay:
+        """Return the figures of the held-out parts, the cloud's opinions among them where it can be asked."""
         held = [*good, *defects]
-        self.calibration_sha256.update(scored.sha256 for scored in held)
+        prints = [scored.print for scored in held]
+        self.calibration_sha256.update(one.sha256 for one in prints)
         opinions = self._opinions(product, held, reference, heat_threshold([scored.seen for scored in good]))
-        data = CalibrationData(
-            good_scores=[scored.seen.score for scored in good],
-            good_scene=[scored.scene for scored in good],
-            defect_scores=[scored.seen.score for scored in defects],
-            defect_scene=[scored.scene for scored in defects],
-            cloud_p_good=opinions[: len(good)] if opinions else None,
-            cloud_p_defect=opinions[len(good) :] if opinions else None,
-            data_sha256=content_digest(scored.sha256 for scored in held),
-            cross_fitted=cross_fitted,
+        groups = np.empty(len(held), dtype=np.int64)
+        for number, group in enumerate(group_near_duplicates(prints, bits=self.settings.data.near_duplicate_bits)):
+            groups[list(group)] = number
+        return Replay.of(
+            [one.sha256 for one in prints],
+            [scored.pooled for scored in held],
+            [scored.seen for scored in held],
+            [scored.scene for scored in held],
+            [float(number >= len(good)) for number in range(len(held))],
+            opinions or [np.nan] * len(held),
+            groups.tolist(),
         )
-        return calibrate(data, self.settings.calibration)
 
     def _opinions(self, product: str, held: Sequence[_Scored], reference: Image, level: float) -> list[float]:
         """Return the cloud's P(defect) of each part; empty where there is no cloud."""
-        if self.cloud is None and not all(scored.sha256 in self.opinions for scored in held):
+        if self.cloud is None and not all(scored.print.sha256 in self.opinions for scored in held):
             return []
         with ThreadPoolExecutor(self.settings.cloud.in_flight) as pool:
             answers = pool.map(lambda scored: self._opinion(product, scored, reference, level), held)
@@ -124,7 +137,7 @@ class Fitter(ABC):
         return found
 
     def _opinion(self, product: str, scored: _Scored, reference: Image, level: float) -> float:
-        known = self.opinions.get(scored.sha256)
+        known = self.opinions.get(scored.print.sha256)
         if known is not None or self.cloud is None:
             return 0.5 if known is None else known
         image = self._read(scored.part).image
@@ -168,7 +181,7 @@ class MemoryFitter(Fitter):
             if not held_out:
                 prints.append(fingerprint_image(read.sha256, read.image))
                 if number in keep:
-                    kept[number] = _Kept(read.part, read.sha256, scene_complexity(read.image).score, features)
+                    kept[number] = _Kept(read.part, prints[-1], scene_complexity(read.image).score, features)
         assert reference is not None  # noqa: S101 - require_good has seen to it
         self.progress(f"{product}: filling the memory", 0, 1)
         detector = pool.fit(
@@ -178,24 +191,29 @@ class MemoryFitter(Fitter):
         )
         judges = [detector]
 
-        def look(image: Image) -> Observation:
+        def look(image: Image) -> tuple[Observation, Doubles]:
             """The mean of the detectors: the station's, or those of the folds, as the good parts were scored."""
-            return _mean(judges, self._features(image, detector))
+            features = detector.features(image)
+            return mean_observation(judges, features), pool_features(features)
 
         notes: tuple[str, ...] = ()
         if held_out:
             good = self.scored(held_out, f"{product}: scoring held-out good parts", look)
         elif len(train) == 1:
-            good, notes = self._copies(train[0], detector), (ONE_GOOD,)
+            good, notes = self._copies(train[0], look), (ONE_GOOD,)
         else:
             good, judges = self._folds(product, kept, prints, pool, sides)
-        scored = self.scored(defects, f"{product}: scoring defects", look)
-        calibration = self.calibrated(product, good, scored, reference, cross_fitted=not held_out)
+        defective = self.scored(defects, f"{product}: scoring defects", look)
+        replay = self.replay(product, good, defective, reference)
+        head = None
+        fitted = fit_edge_head(replay.bank, replay.pooled.astype(np.float64), replay.p_defect, replay.group)
+        if fitted is not None:
+            head, replay = fitted[0], replace(replay, score=fitted[1])
+        cross_fitted = not held_out or head is not None
+        calibration = replay.calibrated(self.settings.calibration, cross_fitted=cross_fitted)
         calibration = replace(calibration, notes=calibration.notes + notes)
-        return ProductModel(detector, calibration, heat_threshold([scored.seen for scored in good]), reference)
-
-    def _features(self, image: Image, detector: MemoryDetector) -> list[Features]:
-        return [self.backbone(image, side) for side in detector.sides]
+        level = heat_threshold([scored.seen for scored in good])
+        return ProductModel(detector, calibration, level, reference, head, None if notes else replay.capped())
 
     def _folds(
         self,
@@ -219,17 +237,20 @@ class MemoryFitter(Fitter):
             judge = pool.fit(self.backbone, sides, leave_out=out)
             judges.append(judge)
             some = [kept[number] for number in out if number in kept]
-            scored += [_Scored(one.part, one.sha256, one.scene, judge.compare(one.features)) for one in some]
+            scored += [
+                _Scored(one.part, one.print, one.scene, judge.compare(one.features), pool_features(one.features))
+                for one in some
+            ]
         self.progress(f"{product}: scoring good parts in folds", count, count)
         return scored, judges
 
-    def _copies(self, part: Part, detector: MemoryDetector) -> list[_Scored]:
+    def _copies(self, part: Part, look: Look) -> list[_Scored]:
         """Score small shifts, turns and brightness changes of the only good part in place of others."""
         read = self._read(part)
         rng = np.random.default_rng(0)
         copies = [disturbed(read.image, rng) for _ in range(COPIES)]
         return [
-            _Scored(part, read.sha256, scene_complexity(copy).score, detector.compare(self._features(copy, detector)))
+            _Scored(part, fingerprint_image(read.sha256, copy), scene_complexity(copy).score, *look(copy))
             for copy in copies
         ]
 
@@ -250,9 +271,14 @@ class ClassifierFitter(Fitter):
             labels = [False] * len(good_parts) + [True] * len(defects)
             classifier = classifier.at_temperature(temperature_of(classifier, (read.image for read in reads), labels))
         reference = _shrunk(self._read(good_parts[0]).image)
-        good = self.scored(good_parts, f"{product}: scoring good parts", classifier.observe)
-        scored = self.scored(defects, f"{product}: scoring defects", classifier.observe)
-        calibration = self.calibrated(product, good, scored, reference, cross_fitted=False)
+
+        def look(image: Image) -> tuple[Observation, Doubles]:
+            return classifier.observe(image), np.empty(0)
+
+        good = self.scored(good_parts, f"{product}: scoring good parts", look)
+        scored = self.scored(defects, f"{product}: scoring defects", look)
+        replay = self.replay(product, good, scored, reference)
+        calibration = replay.calibrated(self.settings.calibration, cross_fitted=False)
         return ProductModel(classifier, calibration, 1.0, reference)
 
 
@@ -261,7 +287,7 @@ class _Kept:
     """A good training part that is going to be scored in a fold."""
 
     part: Part
-    sha256: str
+    print: Fingerprint
     scene: float
     features: list[Features]
 
@@ -278,12 +304,6 @@ def _by_use(parts: Sequence[Part]) -> tuple[list[Part], list[Part], list[Part]]:
     return (train, held_out, defects) if train else (held_out, [], defects)
 
 
-def _mean(judges: Sequence[MemoryDetector], features: Sequence[Features]) -> Observation:
-    seen = [judge.compare(features) for judge in judges]
-    heats = [one.heatmap for one in seen if one.heatmap is not None]
-    return Observation(float(np.mean([one.score for one in seen])), np.mean(heats, axis=0, dtype=np.float32))
-
-
 def read_to_fit(part: Part, settings: Settings) -> tuple[str, Image]:
     """Return the sha256 and the image of a part to be fitted on.
 
@@ -297,9 +317,14 @@ def read_to_fit(part: Part, settings: Settings) -> tuple[str, Image]:
 
 
 def heat_threshold(good: Sequence[Observation]) -> float:
-    """Return the level that the worst cell of 95 % of the good parts stays below; 1 where there are no maps."""
-    worst = [float(seen.heatmap.max()) for seen in good if seen.heatmap is not None]
-    return max(float(np.quantile(worst, 0.95)), 1e-6) if worst else 1.0
+    """Return :func:`heat_level` of the worst cells of good parts."""
+    return heat_level([float(seen.heatmap.max()) for seen in good if seen.heatmap is not None])
+
+
+def heat_level(peaks: ArrayLike) -> float:
+    """Return the level that the worst cells of 95 % of the good parts stay below; 1 where there are no maps."""
+    worst = np.asarray(peaks, dtype=np.float64)
+    return max(float(np.quantile(worst, 0.95)), 1e-6) if worst.size else 1.0
 
 
 def _shrunk(image: Image) -> Image:

@@ -53,14 +53,15 @@ def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mappi
         raise BadInput(f"cannot write the {kind}", where=path, fix=error.strerror or "check the disk") from None
 
 
-def read_index(path: Path, index: str, *, kind: str, version: int) -> dict[str, Any]:
+def read_index(path: Path, index: str, *, kind: str, version: int, oldest: int | None = None) -> dict[str, Any]:
     """Return what the index of a folder holds, after checking its format and its own hash.
 
     Args:
         path: the folder.
         index: name of the index file.
         kind: what the folder is, for messages.
-        version: the ``format`` that this version of the package reads.
+        version: the ``format`` that this version of the package writes and reads.
+        oldest: the first one that it still reads; by default no other.
 
     Raises:
         BadInput: it is missing, damaged, or of another version.
@@ -72,7 +73,7 @@ def read_index(path: Path, index: str, *, kind: str, version: int) -> dict[str, 
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"the {kind} is damaged ({error})", where=path / index, fix="fit it again") from None
     found = tree.get("format") if isinstance(tree, dict) else None
-    if found != version:
+    if found not in range(version if oldest is None else oldest, version + 1):
         raise BadInput(f"{kind} of format {found}, this version reads {version}", where=path, fix="fit it again")
     if tree.pop(_SEAL, None) != sha256_json(tree):
         what = f"the {kind} is damaged (its index is not the one that was saved)"

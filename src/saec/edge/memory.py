@@ -91,6 +91,38 @@ def fit_memory(
     return Memory(mean, projection, bank, _weights(bank))
 
 
+def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed: int) -> Memory:
+    """Add patches of further good parts to a bank; whitening and the weights of its rows stay as they are.
+
+    The patches are drawn at random: k-centre would take the odd ones first, and those are what a mislabelled defect
+    brings. The weights of the new rows are in the units of the old. Where the bank is full, random rows beyond the
+    first :data:`BANK_SIZE`, which fitting filled, give way.
+
+    Args:
+        memory: is not changed.
+        patches: [P, C] raw features.
+        rows: added at most.
+        most: rows of the whole bank at most; one that has more already keeps them.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(memory.bank)
+    kept_first = min(size, BANK_SIZE)
+    count = min(rows, len(patches), max(most - kept_first, 0))
+    chosen = np.sort(rng.permutation(len(patches))[:count])
+    new = ((patches[chosen].astype(np.float32) - memory.mean) @ memory.projection).astype(np.float32, copy=False)
+    added = min(count, max(most - size, 0))
+    bank = np.concatenate([memory.bank, new[:added]])
+    places = np.sort(kept_first + rng.permutation(size - kept_first)[: count - added])
+    bank[places] = new[added : added + len(places)]
+    raw = _raw_weights(bank)
+    unit = np.median(memory.weight / _raw_weights(memory.bank))
+    weight = np.concatenate([memory.weight, np.empty(added, dtype=np.float32)])
+    fresh = np.concatenate([places, np.arange(size, size + added)])
+    weight[fresh] = unit * raw[fresh]
+    return Memory(memory.mean, memory.projection, bank, weight)
+
+
 def nearest(patches: Floats, bank: Floats) -> tuple[Floats, NDArray[np.intp]]:
     """Return the squared distance of each of ``patches`` [P, C] to the nearest of ``bank`` [M, C], and its index."""
     norms = np.einsum("ij,ij->i", bank, bank)
@@ -107,8 +139,13 @@ def nearest(patches: Floats, bank: Floats) -> tuple[Floats, NDArray[np.intp]]:
 
 def _weights(bank: Floats) -> Floats:
     """Return 1 / sqrt of the mean distance of each bank vector to its nearest others, scaled to mean 1."""
+    weight = _raw_weights(bank)
+    return np.asarray(weight / weight.mean(), dtype=np.float32)
+
+
+def _raw_weights(bank: Floats) -> NDArray[np.float64]:
     if len(bank) <= SPACING_NEIGHBOURS:
-        return np.ones(len(bank), dtype=np.float32)
+        return np.ones(len(bank))
     norms = np.einsum("ij,ij->i", bank, bank)
     spacing = np.empty(len(bank), dtype=np.float64)
     for start in range(0, len(bank), _BLOCK):
@@ -120,8 +157,7 @@ def _weights(bank: Floats) -> Floats:
     spacing = np.sqrt(np.maximum(spacing, 0))
     # Copies of one patch (a flat background) have no spacing: they are held at a tenth of the typical one.
     floor = 0.1 * max(float(np.median(spacing)), 1e-6)
-    weight = 1 / np.sqrt(np.maximum(spacing, floor))
-    return np.asarray(weight / weight.mean(), dtype=np.float32)
+    return np.asarray(1 / np.sqrt(np.maximum(spacing, floor)))
 
 
 def _whitening(patches: Floats) -> tuple[Floats, Floats]:

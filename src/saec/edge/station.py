@@ -2,6 +2,8 @@
 
     STATION/station.json                   format, products, data hashes, the sha256 of every other file and its own
             <product>/memory.safetensors   the banks (or classifier.onnx)
+            <product>/head.safetensors     the head beside them, where labelled defects made one
+            <product>/replay.safetensors   figures of the calibration parts, for further learning
             <product>/model.json           detector parameters, calibration, heatmap threshold
             <product>/reference.png        a good part, shown to the cloud beside the part in question
 
@@ -36,12 +38,18 @@ from saec.edge.classifier import ClassifierSpec, OnnxClassifier
 from saec.edge.detector import MemoryDetector
 from saec.edge.evidence import heatmap_evidence, relative
 from saec.edge.folder import read_checked, read_index, write_folder
+from saec.edge.head import EdgeHead, pool_features
 from saec.edge.memory import Floats, Memory
+from saec.edge.replay import Replay
 from saec.errors import BadInput
-from saec.types import EdgeResult, Image
+from saec.fleet.slots import current_folder
+from saec.types import EdgeResult, Image, Observation
 
-FORMAT = 1
-"""Version of the folder. A station of another version is refused, never guessed at."""
+FORMAT = 2
+"""Version of the folder. One of another version is refused, never guessed at, but for :data:`OLDEST`."""
+
+OLDEST = 1
+"""Format 1 has neither head nor replay: such a station judges as it did, and cannot be taught."""
 
 INDEX = "station.json"
 EXPERT = "expert"
@@ -50,6 +58,7 @@ EXPERT = "expert"
 FIT_AGAIN = "fit it again"
 _LONGEST_NAME = 80
 _REFERENCE, _MODEL, _BANKS, _CLASSIFIER = "reference.png", "model.json", "memory.safetensors", "classifier.onnx"
+_HEAD, _REPLAY = "head.safetensors", "replay.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +86,25 @@ class StationManifest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProductModel:
-    """One product's detector and operating point. Above ``heat_threshold`` a heatmap's cell is marked on the part."""
+    """One product's detector and operating point. Above ``heat_threshold`` a heatmap's cell is marked on the part.
+
+    ``head``, if any, belongs to a :class:`MemoryDetector`; ``replay`` is what further learning starts from.
+    """
 
     detector: MemoryDetector | OnnxClassifier
     calibration: Calibration
     heat_threshold: float
     reference: Image
+    head: EdgeHead | None = None
+    replay: Replay | None = None
+
+    def observe(self, image: Image) -> Observation:
+        """Return raw score and heatmap of one image: with a head the score is its logit, else the detector's own."""
+        if self.head is None or isinstance(self.detector, OnnxClassifier):
+            return self.detector.observe(image)
+        features = self.detector.features(image)
+        seen = self.detector.compare(features)
+        return replace(seen, score=self.head.score(seen.score, pool_features(features)))
 
 
 class Station:
@@ -112,8 +134,8 @@ class Station:
         Raises:
             BadInput: the product is unknown.
         """
-        model = self._model(product)
-        seen = model.detector.observe(image)
+        model = self.model(product)
+        seen = model.observe(image)
         p_defect = float(model.calibration.score.p_defect(seen.score))
         s_max, margin, entropy = (float(value) for value in confidences(p_defect))
         result = EdgeResult(seen.score, p_defect, s_max, margin, entropy)
@@ -139,13 +161,18 @@ class Station:
 
     def calibration(self, product: str) -> Calibration:
         """Return the operating point of a product."""
-        return self._model(product).calibration
+        return self.model(product).calibration
 
     def with_route(self, route: RouteSettings) -> Station:
         """Return the same station under other routing settings."""
         return Station(self._products, self.manifest, route=route)
 
-    def _model(self, product: str) -> ProductModel:
+    def model(self, product: str) -> ProductModel:
+        """Return what was fitted for a product.
+
+        Raises:
+            BadInput: the product is unknown.
+        """
         try:
             return self._products[product]
         except KeyError:
@@ -163,11 +190,12 @@ class Station:
 
     @classmethod
     def load(cls, path: Path, *, settings: Settings) -> Self:
-        """Read a station and check every file against its hash.
+        """Read a station, or of one with slots the version that counts, and check every file against its hash.
 
         Raises:
             BadInput: it is missing, damaged, or of another version.
         """
+        path = current_folder(path)
         manifest = read_manifest(path)
         backbone: Backbone | None = None
         if manifest.detector.startswith("memory"):
@@ -175,7 +203,9 @@ class Station:
             if backbone.model_id not in manifest.detector:
                 fix = f"fit it again; this version carries {backbone.model_id}"
                 raise BadInput(f"the station was fitted with {manifest.detector}", where=path, fix=fix)
-        if set(manifest.files) != _file_names(manifest.products, _CLASSIFIER if backbone is None else _BANKS):
+        needed = _file_names(manifest.products, (_CLASSIFIER if backbone is None else _BANKS, _MODEL, _REFERENCE))
+        extra = set(manifest.files) - needed
+        if not needed <= set(manifest.files) or not extra <= _file_names(manifest.products, (_HEAD, _REPLAY)):
             raise BadInput("the station is damaged (it lists other files than it has to)", where=path, fix=FIT_AGAIN)
         data = {name: read_checked(path, name, sha256, kind="station") for name, sha256 in manifest.files.items()}
         try:
@@ -194,7 +224,7 @@ def read_manifest(path: Path) -> StationManifest:
     Raises:
         BadInput: it is missing, damaged, or of another version.
     """
-    tree = read_index(path, INDEX, kind="station", version=FORMAT)
+    tree = read_index(path, INDEX, kind="station", version=FORMAT, oldest=OLDEST)
     try:
         return _MANIFEST.validate_python(tree)
     except ValidationError as error:
@@ -210,8 +240,8 @@ def folder_name(product: str) -> str:
     return f"{plain}-{hashlib.sha256(product.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
-def _file_names(products: Sequence[str], detector: str) -> set[str]:
-    return {f"{folder_name(product)}/{name}" for product in products for name in (detector, _MODEL, _REFERENCE)}
+def _file_names(products: Sequence[str], names: Sequence[str]) -> set[str]:
+    return {f"{folder_name(product)}/{name}" for product in products for name in names}
 
 
 def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
@@ -223,6 +253,10 @@ def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
         if isinstance(model.detector, MemoryDetector):
             tree["sides"] = list(model.detector.sides)
             files[f"{folder}/{_BANKS}"] = dump_tensors(bank_tensors(model.detector))
+            if model.head is not None:
+                files[f"{folder}/{_HEAD}"] = dump_tensors(dict(model.head.tensors()))
+            if model.replay is not None:
+                files[f"{folder}/{_REPLAY}"] = dump_tensors(model.replay.tensors())
         else:
             tree["classifier"] = _SPEC.dump_python(model.detector.spec, mode="json")
             files[f"{folder}/{_CLASSIFIER}"] = model.detector.content
@@ -251,13 +285,21 @@ def detector_of(tensors: Mapping[str, Floats], sides: Sequence[int], backbone: B
 def _read_product(folder: str, data: Mapping[str, bytes], backbone: Backbone | None, threads: int) -> ProductModel:
     tree = json.loads(data[f"{folder}/{_MODEL}"])
     detector: MemoryDetector | OnnxClassifier
+    head, replay = data.get(f"{folder}/{_HEAD}"), data.get(f"{folder}/{_REPLAY}")
     if backbone is not None:
         detector = detector_of(load_tensors(data[f"{folder}/{_BANKS}"]), tree["sides"], backbone)
     else:
         spec = _SPEC.validate_python(tree["classifier"])
         detector = OnnxClassifier(data[f"{folder}/{_CLASSIFIER}"], folder, spec, threads=threads)
     reference = decode_image(data[f"{folder}/{_REFERENCE}"], name=f"{folder}/{_REFERENCE}")
-    return ProductModel(detector, Calibration.from_json(tree["calibration"]), float(tree["heat_threshold"]), reference)
+    return ProductModel(
+        detector,
+        Calibration.from_json(tree["calibration"]),
+        float(tree["heat_threshold"]),
+        reference,
+        None if head is None else EdgeHead.from_tensors(load_tensors(head)),
+        None if replay is None else Replay.from_tensors(load_tensors(replay)),
+    )
 
 
 _MANIFEST = TypeAdapter(StationManifest)
