@@ -271,7 +271,7 @@ def test_a_finished_run_is_not_done_again(undisturbed: Path):
 def test_other_settings_other_data_and_a_foreign_folder_are_refused_by_name(rows: Path, undisturbed: Path):
     with pytest.raises(BadInput, match=r"begun with lr=0\.005"):
         run(undisturbed, "run", "lr=1e-4")
-    with pytest.raises(BadInput, match="begun with another train file"):
+    with pytest.raises(BadInput, match="begun with other data: train"):
         files = write_rows(undisturbed / "other.jsonl", [row(undisturbed, 77, label=0)]), undisturbed / "val.jsonl"
         train(settings_for("epochs=3"), *files, undisturbed / "run", load=load_tiny)
     with pytest.raises(BadInput, match="not empty and no training run"):

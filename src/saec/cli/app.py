@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from saec import __version__
-from saec.cli import bench, cloud, config, data, demo, evaluate, fit, inspect, models, train, vlm
+from saec.cli import bench, cloud, config, data, demo, evaluate, fit, inspect, learn, models, train, vlm
 from saec.cli.codes import GATE_FAILED, INTERRUPTED
 from saec.errors import BadInput, GateFailed
 
@@ -71,6 +71,7 @@ app.command("sweep")(evaluate.sweep)
 app.command("report")(evaluate.report)
 app.add_typer(cloud.app, name="cloud")
 app.command("train")(train.train)
+app.add_typer(learn.app, name="learn")
 app.add_typer(models.app, name="models")
 app.add_typer(vlm.app, name="vlm")
 app.add_typer(bench.app, name="bench")

@@ -56,20 +56,21 @@ def train(
         return
     if train_file is None or val_file is None or out is None:
         raise BadInput("--train, --val and --out are needed", fix="write the rows with saec data sft")
-    _require_extra()
+    require_extra()
     from saec.train.loop import train as run
     from saec.train.steps import Interrupted
 
     try:
-        with _watching() as watcher:
+        with watching() as watcher:
             result = run(settings, train_file, val_file, out, watcher=watcher)
     except Interrupted as stopped:
-        _say(f"{stopped}; the same command goes on from there")
+        say_error(f"{stopped}; the same command goes on from there")
         raise KeyboardInterrupt from None
     _tell(result, out, json_=json_)
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Refuse to train without the packages that it takes."""
     from importlib.util import find_spec
 
     from saec.errors import BadInput
@@ -79,14 +80,15 @@ def _require_extra() -> None:
         raise BadInput(f"training needs {', '.join(missing)}", fix='pip install "saec[train]"')
 
 
-def _say(text: str) -> None:
+def say_error(text: str) -> None:
+    """Print a line beside what a program would read."""
     from saec.cli.console import console
 
     console(stderr=True).print(text)
 
 
 @contextmanager
-def _watching() -> Iterator[Watcher]:
+def watching() -> Iterator[Watcher]:
     """A progress bar on a terminal; in a log file a line now and then."""
     import logging
 

@@ -61,7 +61,7 @@ def check_run(out: Path, settings: TrainSettings, data: Mapping[str, str]) -> di
         )
     changed = next((name for name in data if begun.get("data", {}).get(name) != data[name]), None)
     if changed is not None:
-        raise BadInput(f"this run was begun with another {changed} file", where=out, fix="choose another --out")
+        raise BadInput(f"this run was begun with other data: {changed}", where=out, fix="choose another --out")
     return read_record(out / SUMMARY) if (out / SUMMARY).exists() else None
 
 

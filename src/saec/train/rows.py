@@ -23,6 +23,7 @@ from saec.errors import BadInput, first_problem
 from saec.train.config import TrainSettings
 from saec.types import Heatmap, Query
 from saec.vlm.prompt import KINDS, Ask, Question, build_question
+from saec.vlm.view import pixels_of
 
 Pixel = TypeVar("Pixel", np.uint8, np.float32)
 
@@ -174,9 +175,7 @@ def pose(example: Example, settings: PromptSettings) -> tuple[Question, str]:
     Raises:
         BadInput: the image or the anomaly map cannot be read.
     """
-    query = query_of(example.row)
-    heatmap = None if query.anomaly_map is None else _flipped(query.anomaly_map, example)
-    query = replace(query, image=_flipped(query.image, example), anomaly_map=heatmap)
+    query = flipped(query_of(example.row), across=example.hflip, down=example.vflip)
     question = build_question(query, example.ask, settings)
     if example.ask is Ask.LABEL:
         return question, str(example.label)
@@ -223,6 +222,11 @@ def _read_map(path: Path) -> Heatmap:
     return found
 
 
-def _flipped(pixels: NDArray[Pixel], example: Example) -> NDArray[Pixel]:
-    down, across = (-1 if example.vflip else 1), (-1 if example.hflip else 1)
-    return np.ascontiguousarray(pixels[::down, ::across])
+def flipped(query: Query, *, across: bool, down: bool) -> Query:
+    """Return the question about the mirrored part: image and anomaly map together."""
+    heatmap = None if query.anomaly_map is None else _mirrored(query.anomaly_map, across, down)
+    return replace(query, image=_mirrored(pixels_of(query), across, down), anomaly_map=heatmap)
+
+
+def _mirrored(pixels: NDArray[Pixel], across: bool, down: bool) -> NDArray[Pixel]:
+    return np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if across else 1])
