@@ -5,13 +5,22 @@ BUNDLE/vlm.json          this record: signature, image contract, prompt, hashes 
        embed.onnx        input_ids [1, n] int32 in, inputs_embeds [1, n, H] out
        vision.onnx       one image in, image_embeds [1, T, H] out; absent for a language model alone
        tokenizer.json    as the ``tokenizers`` library reads it
+       projector.onnx    standardised tokens and anomaly_map in, image_embeds [1, T, H] out; Loupe alone has it, and
+       basis.safetensors what tokens are described in on their way (:class:`saec.vlm.tokens.codec.Basis`)
+
+A tower by itself is a folder of the same kind:
+
+TOWER/tower.json         its record
+      lower.onnx         pixel_values [1, 3, S, S] in, state out
+      upper.onnx         state and dropout masks in, tokens [1, L, W] out
+      basis.safetensors  as in the bundle
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +30,8 @@ from saec.errors import BadInput, first_problem
 from saec.vlm.contract.signature import Signature, TensorSpec
 
 RECORD = "vlm.json"
+TOWER_RECORD = "tower.json"
+LOWER, UPPER, PROJECTOR, BASIS = "lower.onnx", "upper.onnx", "projector.onnx", "basis.safetensors"
 DECODER, EMBEDDING, VISION, TOKENIZER = "decoder.onnx", "embed.onnx", "vision.onnx", "tokenizer.json"
 
 BundleFamily = Literal["loupe", "llava", "smolvlm", "fastvlm", "text"]
@@ -77,15 +88,25 @@ class BundleFile(_Record):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Bundle(_Record):
+class Exported(_Record):
+    """A record with the hashes of the files beside it."""
+
+    format: Literal[1] = 1
+    files: Mapping[str, BundleFile] = Field(default_factory=dict)
+
+
+_Kind = TypeVar("_Kind", bound=Exported)
+
+
+class Bundle(Exported):
     """The record of an exported VLM.
 
     ``model_id`` names base, adapter, precision and prompt, such as ``loupe@int8+adapter:1a2b3c4d+p2``; ``fingerprint``
     is a hash of everything that it was exported from. ``w8a16`` has 8-bit weights and 16-bit activations, for NPUs.
-    ``quality`` holds measured differences to the float32 model.
+    ``quality`` holds measured differences to the float32 model, ``tower`` the id of the :class:`Tower` whose tokens it
+    takes in place of an image.
     """
 
-    format: Literal[1] = 1
     name: str
     family: BundleFamily
     model_id: str
@@ -93,9 +114,25 @@ class Bundle(_Record):
     precision: Precision | Literal["w8a16"]
     signature: Signature
     vision: Vision | None = None
+    tower: str | None = None
     prompt: Prompt
     quality: Mapping[str, float | int | str] = Field(default_factory=dict)
-    files: Mapping[str, BundleFile] = Field(default_factory=dict)
+
+
+class Tower(Exported):
+    """The record of a vision tower by itself.
+
+    ``state`` is what goes from the lower graph to the upper one, ``masks`` what the upper one also takes; ``tokens``
+    [1, L, W] come out. ``model_id`` names the tower's weights and the basis of its tokens, whatever the number format.
+    """
+
+    name: str
+    model_id: str
+    fingerprint: str
+    state: TensorSpec
+    masks: TensorSpec
+    tokens: TensorSpec
+    preprocess: Preprocess
 
 
 def read_bundle(folder: Path, *, hashes: bool = True) -> Bundle:
@@ -104,29 +141,39 @@ def read_bundle(folder: Path, *, hashes: bool = True) -> Bundle:
     Raises:
         BadInput: no bundle there, a damaged record, or a file that is missing or not the one that was exported.
     """
+    return read_exported(folder, Bundle, RECORD, hashes=hashes)
+
+
+def read_tower(folder: Path, *, hashes: bool = True) -> Tower:
+    """Return the record of a tower; see :func:`read_bundle`."""
+    return read_exported(folder, Tower, TOWER_RECORD, hashes=hashes)
+
+
+def read_exported(folder: Path, kind: type[_Kind], record: str, *, hashes: bool = True) -> _Kind:
+    """Return a record of a kind; see :func:`read_bundle`."""
     try:
-        bundle = Bundle.model_validate_json((folder / RECORD).read_bytes())
+        found = kind.model_validate_json((folder / record).read_bytes())
     except OSError:
         fix = "make one with saec vlm export-decoder"
-        raise BadInput(f"no exported model here: {RECORD} is missing", where=folder, fix=fix) from None
+        raise BadInput(f"no exported model here: {record} is missing", where=folder, fix=fix) from None
     except ValidationError as error:
-        raise BadInput(f"the record of the bundle is damaged ({first_problem(error)})", where=folder / RECORD) from None
-    for name, file in bundle.files.items():
+        raise BadInput(f"the record of the bundle is damaged ({first_problem(error)})", where=folder / record) from None
+    for name, file in found.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != file.size or (hashes and sha256_file(path) != file.sha256):
             what = "damaged: missing, or not the file that was exported"
             raise BadInput(what, where=path, fix="remove the folder and export the model again")
-    return bundle
+    return found
 
 
-def write_bundle(folder: Path, bundle: Bundle) -> Bundle:
+def write_bundle(folder: Path, bundle: _Kind, record: str = RECORD) -> _Kind:
     """Write the record last, with the hashes of all files beside it; return it.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != RECORD)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != record)
     files = {name: BundleFile(size=(folder / name).stat().st_size, sha256=sha256_file(folder / name)) for name in names}
     complete = bundle.model_copy(update={"files": files})
-    write_atomic(folder / RECORD, complete.model_dump_json(indent=1) + "\n")
+    write_atomic(folder / record, complete.model_dump_json(indent=1) + "\n")
     return complete

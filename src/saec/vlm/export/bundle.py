@@ -62,10 +62,11 @@ def export_bundle(
     opened = open_source(source, precision)
     _check_tokens(opened, source.place)
     with whole(out) as folder:
-        vision = None
+        vision = tower = None
         if opened.vision is not None and "vision" in parts:
             tell("vision")
             vision = opened.vision("int8" if precision == "int4" else precision, folder / VISION)
+            tower = None if opened.tokens is None else opened.tokens(folder)
         room = context or min(CONTEXTS.get(source.family, OTHERS_CONTEXT), opened.shape.max_positions)
         signature = _signature(opened.shape, precision, room, n, layout, vision)
         if "decoder" in parts:
@@ -87,6 +88,7 @@ def export_bundle(
             precision=precision,
             signature=signature,
             vision=vision,
+            tower=tower,
             prompt=opened.prompt,
         )
         return write_bundle(folder, bundle)

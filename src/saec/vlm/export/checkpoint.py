@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,8 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from saec.data.hashing import sha256_file
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import Precision, Prompt, Vision
+from saec.vlm.contract.bundle import BASIS, PROJECTOR, Precision, Prompt, Vision
 from saec.vlm.contract.shape import DecoderShape
 from saec.vlm.export.decoder import DecoderWeights
 from saec.vlm.export.graph import Graph
@@ -20,10 +23,10 @@ from saec.vlm.export.linear import Array
 from saec.vlm.export.lora import Adapter, beside, decoder_modules, merged, read_adapter
 from saec.vlm.export.source import Source
 from saec.vlm.export.vision_clip import llava_vision, smolvlm_vision
-from saec.vlm.export.vision_dinov2 import loupe_vision
+from saec.vlm.export.vision_dinov2 import loupe_projector, loupe_vision
 from saec.vlm.export.vision_torch import fastvlm_vision
 from saec.vlm.export.weights import Tensors, open_checkpoint, open_decoder, open_gguf
-from saec.vlm.loupe import LANGUAGE_FILE, TOWER_FILE
+from saec.vlm.loupe import LANGUAGE_FILE, TOKEN_BASIS, TOWER_FILE
 from saec.vlm.loupe.inputs import LoupePrompts
 from saec.vlm.loupe.tower import TOWER, tower_weights
 from saec.vlm.trained import read_record
@@ -41,6 +44,8 @@ class Opened:
     tokenizer: Tokenizer
     prompt: Prompt
     vision: MakeVision | None = None
+    tokens: Callable[[Path], str] | None = None
+    """Writes into a folder what takes tokens in place of an image, and returns the id of the tower that makes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +96,62 @@ def open_source(source: Source, precision: Precision) -> Opened:
 
 
 def _loupe(source: Source, adapter: Adapter | None) -> Opened:
-    modules, gguf = _MODULES["loupe"], open_gguf(source.place / LANGUAGE_FILE)
-    tower = tower_weights(source.place / TOWER_FILE)
-    projector: dict[str, Array] = {}
-    if adapter is not None:
-        saved, at = adapter.saved, modules.connector
-        projector = {name.removeprefix(at): values for name, values in saved.items() if name.startswith(at)}
-        adapter.require(_changeable(gguf.shape, modules, tower, projector))
-        tower = _adapted(tower, adapter, modules.tower)
+    gguf = open_gguf(source.place / LANGUAGE_FILE)
+    tower, projector = _loupe_vision(source, adapter, gguf.shape)
     build = partial(loupe_vision, tower, projector, heads=TOWER["num_attention_heads"])
     tokenizer = gguf.tokenizer()
     prompts = LoupePrompts(tokenizer)
     prompt = Prompt(image_token=prompts.image_token, labels=prompts.label_tokens, ends=(prompts.end,))
-    return Opened(gguf.shape, gguf, tokenizer, prompt, _writer(build, source.place))
+    vision = _writer(build, source.place)
+    if adapter is None:
+        return Opened(gguf.shape, gguf, tokenizer, prompt, vision)
+    takes = partial(_takes_tokens, projector, _tower_id(source, adapter))
+    return Opened(gguf.shape, gguf, tokenizer, prompt, vision, takes)
+
+
+def open_tower(source: Source) -> tuple[dict[str, Array], str]:
+    """Return the weights of Loupe's tower, its adapter merged, and the tower's model id.
+
+    Raises:
+        BadInput: another family's model, or a file that is missing or damaged.
+    """
+    if source.family != "loupe" or source.adapter is None:
+        what = f"{source.family} gives no tokens to send"
+        raise BadInput(what, where=source.name, fix="set tokens.model to loupe, or cloud.uplink to image or crop")
+    adapter = read_adapter(source.adapter)
+    tower, _ = _loupe_vision(source, adapter, open_gguf(source.place / LANGUAGE_FILE).shape)
+    return tower, _tower_id(source, adapter)
+
+
+def _tower_id(source: Source, adapter: Adapter) -> str:
+    """Name a tower by a hash of what it is made from: merging an adapter rounds otherwise on another machine."""
+    at, digest = _MODULES["loupe"].tower, hashlib.sha256(source.base.encode())
+    for path, side in sorted(adapter.sides.items()):
+        if path.startswith(at):
+            digest.update(path.encode() + side.a.tobytes() + side.b.tobytes())
+    for path, values in sorted(adapter.saved.items()):
+        if path.startswith(at):
+            digest.update(path.encode() + values.tobytes())
+    return f"{source.name}-tower:{digest.hexdigest()[:8]}+basis:{sha256_file(TOKEN_BASIS)[:8]}"
+
+
+def _takes_tokens(projector: Mapping[str, Array], tower_id: str, folder: Path) -> str:
+    """Write what turns tokens that were sent into visual tokens; return the id of the tower that makes them."""
+    loupe_projector(projector).save(folder / PROJECTOR)
+    shutil.copyfile(TOKEN_BASIS, folder / BASIS)
+    return tower_id
+
+
+def _loupe_vision(
+    source: Source, adapter: Adapter | None, shape: DecoderShape
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    modules, tower = _MODULES["loupe"], tower_weights(source.place / TOWER_FILE)
+    if adapter is None:
+        return tower, {}
+    saved, at = adapter.saved, modules.connector
+    projector = {name.removeprefix(at): values for name, values in saved.items() if name.startswith(at)}
+    adapter.require(_changeable(shape, modules, tower, projector))
+    return _adapted(tower, adapter, modules.tower), projector
 
 
 def _gguf(source: Source) -> Opened:

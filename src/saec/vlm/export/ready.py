@@ -14,8 +14,8 @@ from pathlib import Path
 
 from saec.config import MllmSettings
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import RECORD, read_bundle
-from saec.vlm.export.source import find_source
+from saec.vlm.contract.bundle import RECORD, TOWER_RECORD, read_bundle, read_tower
+from saec.vlm.export.source import Source, find_source
 from saec.vlm.gather import alone
 from saec.vlm.registry import CACHE_ENV, cache_folder, names
 from saec.vlm.trained import as_trained
@@ -38,14 +38,32 @@ def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | No
     wanted = as_trained(settings)
     source = find_source(wanted.model, wanted.adapter)
     name = f"{source.name}-{source.fingerprint(wanted.precision)[:12]}-{wanted.precision}"
+    return _ready(name, read_bundle, lambda folder: _export(wanted, folder, progress))
+
+
+def ready_tower(model: str, adapter: Path | None = None) -> Path:
+    """Return the folder of a model's tower, in 8 bits, exported at its first use like a bundle.
+
+    Raises:
+        BadInput: see :func:`ready_bundle`; or a model whose tower is not taken apart.
+    """
+    if model not in names() and (Path(model) / TOWER_RECORD).is_file():
+        return Path(model)
+    source = find_source(model, adapter)
+    name = f"{source.name}-tower-{source.fingerprint('int8')[:12]}-int8"
+    return _ready(name, read_tower, lambda folder: _export_tower(source, folder))
+
+
+def _ready(name: str, read: Callable[..., object], export: Callable[[Path], None]) -> Path:
+    """Return the folder of that name in the model cache, exported by one process at a time where it is missing."""
     folder = cache_folder() / "exported" / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not _usable(folder):
+        if not _usable(folder, read):
             with alone(folder.with_name(f".{name}")):
-                if not _usable(folder):  # another process may have made it while this one waited
+                if not _usable(folder, read):  # another process may have made it while this one waited
                     _clear(folder)
-                    _export(wanted, folder, progress)
+                    export(folder)
     except (OSError, sqlite3.Error) as error:
         what = f"cannot write the model cache ({error})"
         raise BadInput(what, where=folder, fix=f"set {CACHE_ENV}") from None
@@ -59,9 +77,9 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _usable(folder: Path) -> bool:
+def _usable(folder: Path, read: Callable[..., object]) -> bool:
     try:
-        return bool(read_bundle(folder, hashes=False))  # whoever loads it compares the hashes
+        return bool(read(folder, hashes=False))  # whoever loads it compares the hashes
     except BadInput:
         return False
 
@@ -70,6 +88,18 @@ def _export(wanted: MllmSettings, folder: Path, progress: Callable[[str], None] 
     try:
         from saec.vlm.export.bundle import export_bundle
     except ModuleNotFoundError as error:
-        what = f"{wanted.model} is not exported yet, and exporting needs {error.name}"
-        raise BadInput(what, where=folder, fix="pip install 'saec[export]', or pass the folder of a bundle") from None
+        raise _not_exported(wanted.model, error, folder) from None
     export_bundle(wanted.model, folder, precision=wanted.precision, adapter=wanted.adapter, progress=progress)
+
+
+def _export_tower(source: Source, folder: Path) -> None:
+    try:
+        from saec.vlm.export.tower import export_tower
+    except ModuleNotFoundError as error:
+        raise _not_exported(f"the tower of {source.name}", error, folder) from None
+    export_tower(source, folder)
+
+
+def _not_exported(what: str, error: ModuleNotFoundError, folder: Path) -> BadInput:
+    lacks = f"{what} is not exported yet, and exporting needs {error.name}"
+    return BadInput(lacks, where=folder, fix="pip install 'saec[export]', or pass the folder of a bundle")

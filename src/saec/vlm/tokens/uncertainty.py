@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-
-from saec.types import Image
 
 Array = NDArray[np.float32]
 
@@ -40,16 +38,15 @@ def dispersion(passes: Iterable[Array]) -> NDArray[np.float64]:
     return np.asarray(np.maximum(squares / count - ((total / count) ** 2).sum(axis=1), 0))
 
 
-def grey_entropy(image: Image, side: int) -> NDArray[np.float64]:
+def grey_entropy(grey: NDArray[np.floating[Any]], side: int) -> NDArray[np.float64]:
     """Return the entropy in nats of the grey levels under each of ``side`` x ``side`` tokens, row by row.
 
-    ``image`` [H, W, 3] is what the tower's square shows; H and W are multiples of ``side``.
+    ``grey`` [S, S], from 0 to 1, is what the tower's square shows; S is a multiple of ``side``.
     """
-    levels = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.int64) * _GREYS // 256
-    rows, columns = (length // side for length in levels.shape)
-    under = levels.reshape(side, rows, side, columns).transpose(0, 2, 1, 3).reshape(side * side, -1)
-    counts = np.stack([np.bincount(cells, minlength=_GREYS) for cells in under])
-    shares = counts / under.shape[1]
+    size = len(grey) // side
+    levels = np.clip(grey * _GREYS, 0, _GREYS - 1).astype(np.int64)
+    under = levels.reshape(side, size, side, size).transpose(0, 2, 1, 3).reshape(side * side, -1)
+    shares = np.stack([np.bincount(cells, minlength=_GREYS) for cells in under]) / size**2
     return np.asarray(-(shares * np.log(np.maximum(shares, 1e-12))).sum(axis=1))
 
 
