@@ -202,14 +202,17 @@ class TokenSettings(Section):
     """Visual tokens in place of images, and which of them go up (cloud.uplink tokens)."""
 
     model: str = Field("loupe", description="Whose vision tower makes the tokens on the edge.")
+    adapter: Path | None = Field(
+        None, description="Adapter in that tower; the cloud's model must have the same. None takes the model's own."
+    )
     ratio: float = Field(0.5, gt=0, le=1, description="Share of a part's tokens that goes up, the most uncertain ones.")
     choose: Literal["dropout", "entropy"] = Field(
         "dropout", description="Uncertainty by Monte-Carlo dropout inside the tower, or by entropy, which is cheaper."
     )
     passes: int = Field(10, ge=2, description="Passes of the Monte-Carlo dropout.")
     dropout: float = Field(0.5, ge=0, lt=1, description="Share of activations dropped in each pass.")
-    dims: int = Field(96, ge=1, description="Principal components that are kept of a token.")
-    bits: Literal[4, 6, 8] = Field(8, description="Bits of a component.")
+    dims: int = Field(64, ge=1, le=64, description="Coordinates that are kept of a token, the most important first.")
+    bits: int = Field(6, ge=3, le=8, description="Bits of a coordinate, before packing.")
 
 
 class LearnSettings(Section):
