@@ -252,7 +252,7 @@ def _chosen(
     importance = np.concatenate([np.zeros(0, np.float32), *weights])
     importance[changes == 0] = 0
     wanted = min(int(np.ceil(keep * np.count_nonzero(changes))), int(np.count_nonzero(importance > threshold)))
-    positions = np.sort(np.argpartition(importance, len(importance) - wanted)[len(importance) - wanted :])
+    positions = np.sort(np.argsort(-importance, kind="stable")[:wanted])
     coded = [quantised(changes[positions[at]], bits) for _, _, at in _by_tensor(base, names, positions)]
     way, places = packed(positions, len(changes))
     arrays: dict[str, NDArray[Any]] = {
@@ -270,18 +270,17 @@ def _figures(delta: Delta, base: State, new: State) -> dict[str, Any]:
     and ``norm`` the share of the change's squared norm that arrives.
     """
     decoded = delta.apply(base)
-    error = max(
-        (_apart(decoded, new, name) for name, way in delta.header["ways"].items() if way == "rows"), default=0.0
-    )
+    grown = (name for name, way in delta.header["ways"].items() if way == "rows")
+    error = max((float(np.nanmax(_apart(decoded, new, name), initial=0)) for name in grown), default=0.0)
     if delta.header["sparse"] is None:
         return {"error": error}
     names, positions = delta._entries(base.tensors)
     left_out = wanted = missing = 0.0
     inside = {name: at for name, at, _ in _by_tensor(base.tensors, names, positions)}
     for name in names:
-        rest = np.abs(_difference(decoded.tensors[name], new.tensors[name]))
-        wanted += float(np.square(_difference(base.tensors[name], new.tensors[name]), dtype=np.float64).sum())
-        missing += float(np.square(rest, dtype=np.float64).sum())
+        rest = _apart(decoded, new, name)
+        wanted += float(np.square(_apart(base, new, name)).sum())
+        missing += float(np.square(rest).sum())
         if name in inside:
             error = max(error, float(rest[inside[name]].max()))
             rest[inside[name]] = 0
@@ -290,5 +289,6 @@ def _figures(delta: Delta, base: State, new: State) -> dict[str, Any]:
     return {"error": error, "sparse": {**delta.header["sparse"], "left_out": left_out, "norm": norm}}
 
 
-def _apart(one: State, other: State, name: str) -> float:
-    return float(np.abs(_difference(one.tensors[name], other.tensors[name])).max(initial=0))
+def _apart(one: State, other: State, name: str) -> NDArray[np.float64]:
+    difference = one.tensors[name].astype(np.float64) - other.tensors[name].astype(np.float64)
+    return np.asarray(np.abs(difference).ravel(), dtype=np.float64)
