@@ -67,12 +67,15 @@ class Runner:
 
 
 @contextmanager
-def learning_service(folder: Path, *, port: int = 0, **more: object) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A real service with a desk in another process; yields the process and its address."""
+def learning_service(
+    folder: Path, *arguments: str, port: int = 0, **more: object
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A real service with a desk in another process; yields the process and its address. With arguments it is
+    ``saec cloud serve`` that starts it, with the teacher."""
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
     log = folder / "service.log"
-    command = [sys.executable, __file__, str(folder), json.dumps({"port": port, **more})]
+    command = [sys.executable, __file__, str(folder), *(arguments or [json.dumps({"port": port, **more})])]
     with log.open("ab") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -96,5 +99,16 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     serve(backend, ServeSettings(**options), desk, on_ready=ready_file(folder / "ready.json"))
 
 
+def main_of_saec(folder: Path, arguments: Sequence[str]) -> None:
+    from saec.cli import cloud, main
+
+    cloud.backend_of = lambda *_: FakeBackend(keep=False)  # type: ignore[assignment]
+    sys.argv = ["saec", "cloud", "serve", "--port", "0", "--ready-file", str(folder / "ready.json"), *arguments]
+    main()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    if sys.argv[2].startswith("{"):
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    else:
+        main_of_saec(Path(sys.argv[1]), sys.argv[2:])

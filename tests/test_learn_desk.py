@@ -143,7 +143,26 @@ def test_a_job_that_fails_says_why_and_the_next_one_runs(root, caplog):
         assert ended(desk, "f" * 8).status is JobStatus.DONE
     assert "no such product" in caplog.text
     with Opened(root) as desk:
-        assert desk.job(JOB).error == "ValueError: no such product", "a failure is final over restarts too"
+        assert desk.job(JOB).error == "ValueError: no such product", "also after a restart"
+
+
+def test_a_job_that_failed_is_begun_anew_when_it_is_started_again(root, caplog):
+    answers = iter([RuntimeError("the model is away"), {"p": 1}])
+
+    def run(request, frame_of, judge, progress):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with Opened(root, run) as desk:
+        desk.start(JOB, {})
+        assert ended(desk).status is JobStatus.FAILED
+        job, fresh = desk.start(JOB, {})
+        assert (job.status, job.error, fresh) == (JobStatus.QUEUED, None, True)
+        assert ended(desk).result == {"p": 1}
+        with pytest.raises(JobConflict):
+            desk.start(JOB, {"note": "other"})
 
 
 def test_a_result_that_json_does_not_have_fails_the_job(root):

@@ -98,7 +98,8 @@ class Desk(Protocol):
         ...
 
     def start(self, job_id: str, request: Mapping[str, Any]) -> tuple[Job, bool]:
-        """Queue a job; return it, and whether it is new. ``request["frames"]`` names the frames that it is about.
+        """Queue a job; return it, and whether it is new or, having failed, is begun anew. ``request["frames"]`` names
+        the frames that it is about.
 
         Raises:
             JobConflict, FramesMissing, DeskFull: see there.

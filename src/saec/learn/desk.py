@@ -141,14 +141,15 @@ class FolderDesk:
             return [name for name in names if name not in self._frames]
 
     def start(self, job_id: str, request: Mapping[str, Any]) -> tuple[Job, bool]:
-        """Queue a job once it is durable; return it and whether it is new."""
+        """Queue a job once it is durable; return it and whether it is new, or failed before and is begun anew."""
         plain = json.loads(json.dumps(dict(request), allow_nan=False))
         with self._lock:
             known = self._records.get(job_id)
             if known is not None:
                 if known.request != plain:
                     raise JobConflict(f"job {job_id} was begun with another request")
-                return known.job, False
+                if known.job.status is not JobStatus.FAILED:
+                    return known.job, False
             number = 1 + max((record.number for record in self._records.values()), default=0)
             record = _Record(number=number, job=Job(id=job_id), request=plain)
             if missing := self.missing(sorted(record.frames)):
@@ -194,8 +195,9 @@ class FolderDesk:
         except Exception as error:  # whatever a runner raises fails its job, never the service
             if self._closing.is_set():
                 return
-            logger.exception("job %s failed", job_id)
-            what = str(error) if isinstance(error, SaecError) else f"{type(error).__name__}: {error}"
+            expected = isinstance(error, SaecError)
+            what = str(error) if expected else f"{type(error).__name__}: {error}"
+            logger.warning("job %s failed: %s", job_id, what, exc_info=not expected)
             self._tell(job_id, status=JobStatus.FAILED, result=None, error=what)
             try:
                 self._save(self._records[job_id])
@@ -238,13 +240,15 @@ class FolderDesk:
     def _save(self, record: _Record) -> None:
         """Make a job durable. It is on the books before it is on the disk, so that its frames are not thrown away."""
         with self._lock:
-            new = record.job.id not in self._records
+            before = self._records.get(record.job.id)
             self._records[record.job.id] = record
             try:
                 self._write(self._storage.job(record.job.id), record.model_dump_json().encode())
             except BaseException:
-                if new:
+                if before is None:
                     del self._records[record.job.id]
+                else:
+                    self._records[record.job.id] = before
                 raise
 
     def _write(self, file: Path, data: bytes, reserve: int = 0) -> None:
