@@ -28,6 +28,9 @@ from saec.vlm.looks import decisions, views, way
 from saec.vlm.prompt import Ask, Question, build_question
 from saec.vlm.trained import as_trained
 
+TOKENS = "+tokens"
+"""Ends the model id of an opinion on tokens: from fewer bytes comes another P(defect), to whoever calibrates on it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +48,8 @@ class OnnxVlmBackend:
 
     ``model_id`` names base, adapter, precision and prompt, such as ``loupe@int8+adapter:1a2b3c4d+p2``, and each opinion
     the one that made it. ``Opinion.diagnostics`` holds ``label_mass``, the probability of the tokens 0 and 1 together.
-    A part whose image cannot be used fails alone. The weights are loaded by :meth:`warm_up`.
+    A part whose image, or whose tokens in its place, cannot be used fails alone. The weights are loaded by
+    :meth:`warm_up`.
     """
 
     device = "cpu"
@@ -98,8 +102,10 @@ class OnnxVlmBackend:
 
     def _judged(self, serving: _Serving, query: Query) -> Opinion | Exception:
         begun = time.monotonic()
-        question = build_question(query, Ask.LABEL, serving.prompt)
-        looks = views(question, self._settings)
+        tokens = None if query.tokens is None else serving.vlm.expand(query.tokens)
+        question = build_question(query, Ask.LABEL, serving.prompt, tokens=tokens)
+        # What a tower saw cannot be mirrored or cropped afterwards.
+        looks = views(question, self._settings) if tokens is None else (question,)
         prepared = time.monotonic()
         found = [serving.vlm.look(view) for view in looks]
         decision = decisions(np.stack([logs for logs, _ in found])[:, None])[0]
@@ -111,7 +117,8 @@ class OnnxVlmBackend:
             whole = question if self._settings.ranking else looks[0]
             evidence = self._evidence(serving, query, whole, found[0][1])
             timing_ms["evidence"] = (time.monotonic() - decided) * 1e3
-        return opinion(decision, evidence, serving.model_id, self._settings, timing_ms)
+        model_id = serving.model_id if tokens is None else f"{serving.vlm.model_id}{TOKENS}"
+        return opinion(decision, evidence, model_id, self._settings, timing_ms)
 
     def _evidence(self, serving: _Serving, query: Query, question: Question, seen: Seen) -> Evidence:
         """Return evidence for a defect, or the record of why there is none."""

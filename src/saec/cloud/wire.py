@@ -2,8 +2,9 @@
 
 A question is one body: ``SAEC``, a version byte, the header's length (unsigned 32 bit, big-endian), the header as JSON,
 then the binary parts that the header lists, in order: the image (any format that :mod:`saec.data.decode` reads; JPEG
-from our client) and, if there is one, the anomaly map (quantised to 8 bits between its own minimum and maximum, then
-zstd). Nothing is base64, so nothing grows by a third.
+from our client) or, in its place, a frame of visual tokens (:mod:`saec.vlm.tokens.codec`), and, if there is one, the
+anomaly map (quantised to 8 bits between its own minimum and maximum, then zstd). Nothing is base64, so nothing grows by
+a third.
 Reference images are named by the SHA-256 of their JPEG and travel once, by ``PUT /v1/references/{sha256}``.
 The deadline travels as a header in milliseconds *left*, so that no clocks need to agree.
 
@@ -28,7 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from saec.cloud.images import encode_jpeg, shrink
 from saec.data.decode import UnreadableImage, decode_image
 from saec.errors import first_problem
+from saec.fleet.frame import BadFrame
 from saec.types import Box, Evidence, Heatmap, Image, Opinion, Query
+from saec.vlm.tokens.codec import pack_tokens, unpack_tokens
 from saec.vlm.view import pixels_of
 
 CONTENT_TYPE = "application/x-saec-question"
@@ -87,7 +90,8 @@ class _Question(_Message):
     edge_p_defect: Probability | None = None
     references: Annotated[list[Sha256], Field(max_length=8)] = []
     evidence: bool = True
-    image: _Blob
+    image: _Blob | None = None
+    tokens: _Blob | None = None
     anomaly_map: _MapPart | None = None
 
 
@@ -150,8 +154,9 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
     Raises:
         WireError: a query outside the format's limits, such as a map that is not finite.
     """
+    tokens = None if query.tokens is None else pack_tokens(query.tokens)
     try:
-        image = encode_jpeg(shrink(pixels_of(query), max_side), jpeg_quality)
+        shown = tokens or encode_jpeg(shrink(pixels_of(query), max_side), jpeg_quality)
     except ValueError as error:
         raise WireError(str(error)) from None
     map_part, map_bytes = _pack_map(query.anomaly_map) if query.anomaly_map is not None else (None, b"")
@@ -166,13 +171,14 @@ def encode_question(query: Query, references: Sequence[str], *, max_side: int, j
             edge_p_defect=None if query.edge_p_defect is None else float(query.edge_p_defect),
             references=list(references),
             evidence=query.evidence,
-            image=_Blob.of(image),
+            image=None if tokens else _Blob.of(shown),
+            tokens=_Blob.of(tokens) if tokens else None,
             anomaly_map=map_part,
         )
     except ValidationError as error:
         raise WireError(first_problem(error)) from None
     header = question.model_dump_json(exclude_defaults=True).encode()
-    return b"".join((_PREFIX.pack(_MAGIC, VERSION, len(header)), header, image, map_bytes))
+    return b"".join((_PREFIX.pack(_MAGIC, VERSION, len(header)), header, shown, map_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +186,7 @@ class Question:
     """A question as it arrived: checked header, parts not yet decoded."""
 
     header: _Question
-    image: memoryview
+    shown: memoryview
     anomaly_map: memoryview | None
 
     @property
@@ -195,10 +201,16 @@ class Question:
             WireError: an image or a map that cannot be used.
         """
         head = self.header
+        image = tokens = None
         try:
-            image = decode_image(bytes(self.image), name=head.part_id, max_pixels=max_pixels)
+            if head.tokens is None:
+                image = decode_image(bytes(self.shown), name=head.part_id, max_pixels=max_pixels)
+            else:
+                tokens = unpack_tokens(bytes(self.shown))
         except UnreadableImage as error:
             raise WireError(f"the image {error.why}") from None
+        except BadFrame as error:
+            raise WireError(f"the tokens: {error}") from None
         return Query(
             part_id=head.part_id,
             product=head.product,
@@ -209,6 +221,7 @@ class Question:
             anomaly_map=_unpack_map(head.anomaly_map, self.anomaly_map),
             edge_p_defect=head.edge_p_defect,
             evidence=head.evidence,
+            tokens=tokens,
         )
 
 
@@ -235,13 +248,16 @@ def parse_question(body: bytes | bytearray) -> Question:
         raise WireError(f"the header: {first_problem(error)}") from None
     if head.region is not None:
         _check_box(Box(*head.region), (head.width, head.height), WireError, "the region")
-    image, start = _cut(view, start, head.image, "image")
+    blob = head.image or head.tokens
+    if blob is None or (head.image and head.tokens):
+        raise WireError("a question has an image or tokens, one of them")
+    shown, start = _cut(view, start, blob, "tokens" if head.image is None else "image")
     anomaly_map = None
     if head.anomaly_map is not None:
         anomaly_map, start = _cut(view, start, head.anomaly_map.blob, "anomaly map")
     if start != len(body):
         raise WireError(f"{len(body) - start} bytes after the last part")
-    return Question(header=head, image=image, anomaly_map=anomaly_map)
+    return Question(header=head, shown=shown, anomaly_map=anomaly_map)
 
 
 def encode_opinion(opinion: Opinion, original_size: tuple[int, int]) -> bytes:

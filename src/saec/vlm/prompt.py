@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from saec.config import PromptSettings
 from saec.types import Heatmap, Image, Query
-from saec.vlm.view import anomaly_crop, pixels_of, resize_for_model, shown_map
+from saec.vlm.view import anomaly_crop, model_size, pixels_of, resize_for_model, shown_map
 
 VERSION = "p2"
 """Part of the model id: a changed prompt is another model to whoever calibrated on it."""
@@ -87,7 +90,8 @@ class Question:
     ``content`` is the user's turn: texts and BGR images in order, at the size the model shall see; the part's image is
     the last one. ``prefill`` begins the model's answer. ``part`` is that last image, ``seen`` its (width, height), and
     ``anomaly_map`` the map cut to what it shows, in the units of the query. The first ``shared`` items of ``content``
-    are the same for all parts of the product that are shown with the same references.
+    are the same for all parts of the product that are shown with the same references. ``tokens`` [L, W] float32,
+    standardised, stand for pixels that have not come: ``part`` is then black.
     """
 
     ask: Ask
@@ -99,26 +103,35 @@ class Question:
     seen: tuple[int, int]
     anomaly_map: Heatmap | None = None
     shared: int = 0
+    tokens: NDArray[np.float32] | None = None
 
 
-def build_question(query: Query, ask: Ask, settings: PromptSettings) -> Question:
-    """Return the question about one part: instructions, product and references, close-up, the part, what is asked."""
+def build_question(
+    query: Query, ask: Ask, settings: PromptSettings, *, tokens: NDArray[np.float32] | None = None
+) -> Question:
+    """Return the question about one part: instructions, product and references, close-up, the part, what is asked.
+
+    ``tokens`` [L, W] are what a part without pixels is shown by, to a model that takes them.
+
+    Raises:
+        BadInput: neither pixels nor tokens.
+    """
     content: list[str | Image] = [f"Product: {query.product.translate(_NO_MARKUP)}."]
     for reference in query.references[: settings.references]:
         content += ["\nA good part of this product, for reference:\n", _view(reference, settings)]
     shared = len(content)
-    close_up = anomaly_crop(query)
+    close_up = anomaly_crop(query) if tokens is None else None
     if close_up is not None:
         # Before the part: it then stands next to the question, and its pixel grid is the one that boxes refer to.
         content += [
             "\nA close-up of where the part to judge departs most from good parts; that alone is no defect:\n",
             _view(close_up, settings, settings.max_side // 2),
         ]
-    part = _view(pixels_of(query), settings)
+    part = _view(pixels_of(query), settings) if tokens is None else _unseen(query, settings)
     content += ["\nThe part to judge:\n", part, _ASK_LABEL]
     seen = (part.shape[1], part.shape[0])
     label = Question(
-        Ask.LABEL, _INSTRUCTIONS, tuple(content), PREFILL, query.product, part, seen, shown_map(query), shared
+        Ask.LABEL, _INSTRUCTIONS, tuple(content), PREFILL, query.product, part, seen, shown_map(query), shared, tokens
     )
     return label if ask is Ask.LABEL else ask_evidence(label)
 
@@ -128,6 +141,12 @@ def ask_evidence(question: Question) -> Question:
     width, height = question.seen
     text = _ASK_EVIDENCE.format(width=width, height=height)
     return replace(question, ask=Ask.EVIDENCE, content=(*question.content[:-1], text), prefill="")
+
+
+def _unseen(query: Query, settings: PromptSettings) -> Image:
+    """Return black pixels in place of a part whose tokens came: its shape says where in them it lies."""
+    across, down = model_size(*query.original_size, max_side=settings.max_side, multiple=settings.side_multiple)
+    return np.zeros((down, across, 3), np.uint8)
 
 
 def _view(image: Image, settings: PromptSettings, max_side: int | None = None) -> Image:

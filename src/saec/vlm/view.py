@@ -31,14 +31,20 @@ def resize_for_model(image: Image, *, max_side: int, multiple: int) -> Image:
     changes the aspect ratio by half a multiple at most.
     """
     height, width = image.shape[:2]
-    scale = min(1.0, max_side / max(height, width))
-    most = max(1, max_side // multiple)
-    across, down = (min(most, max(1, round(side * scale / multiple))) * multiple for side in (width, height))
+    across, down = model_size(width, height, max_side=max_side, multiple=multiple)
     if (across, down) == (width, height):
         return image
     shrinks = across * down < width * height
     way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(image, (across, down), interpolation=way), dtype=np.uint8)
+
+
+def model_size(width: int, height: int, *, max_side: int, multiple: int) -> tuple[int, int]:
+    """Return (width, height) at which :func:`resize_for_model` shows an image."""
+    scale = min(1.0, max_side / max(height, width))
+    most = max(1, max_side // multiple)
+    across, down = (min(most, max(1, round(side * scale / multiple))) * multiple for side in (width, height))
+    return across, down
 
 
 def anomaly_crop(query: Query) -> Image | None:

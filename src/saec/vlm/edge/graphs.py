@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import DECODER, EMBEDDING, VISION, Bundle
+from saec.vlm.contract.bundle import DECODER, EMBEDDING, PROJECTOR, VISION, Bundle
 from saec.vlm.edge.chat import Feeds
 from saec.vlm.edge.session import Array, Conversation, Decoder, open_graph
 
@@ -21,13 +21,19 @@ Pictures = Callable[[], Sequence[Feeds]]
 
 
 class Graphs:
-    """Decoder, embedding and vision tower. One thread at a time."""
+    """Decoder, embedding, vision tower, and the projector of tokens that come in an image's place. One thread at a
+    time."""
 
     def __init__(
-        self, bundle: Bundle, decoder: Decoder, embedding: ort.InferenceSession, vision: ort.InferenceSession | None
+        self,
+        bundle: Bundle,
+        decoder: Decoder,
+        embedding: ort.InferenceSession,
+        vision: ort.InferenceSession | None,
+        projector: ort.InferenceSession | None = None,
     ) -> None:
         self._bundle = bundle
-        self._embedding, self._vision = embedding, vision
+        self._embedding, self._vision, self._projector = embedding, vision, projector
         self.open = decoder.open
 
     @classmethod
@@ -39,7 +45,8 @@ class Graphs:
         """
         decoder = Decoder(folder / DECODER, bundle.signature, threads=threads)
         vision = None if bundle.vision is None else open_graph(folder / VISION, threads=threads)
-        return cls(bundle, decoder, open_graph(folder / EMBEDDING, threads=1), vision)
+        projector = None if bundle.tower is None else open_graph(folder / PROJECTOR, threads=threads)
+        return cls(bundle, decoder, open_graph(folder / EMBEDDING, threads=1), vision, projector)
 
     def feed(
         self,
@@ -77,14 +84,15 @@ class Graphs:
         return np.asarray(found[0])
 
     def see(self, feeds: Feeds) -> Array:
-        """Return the visual tokens [T, H] of one image.
+        """Return the visual tokens [T, H] of one image, or of its tower's tokens.
 
         Raises:
-            BadInput: the model sees no images.
+            BadInput: the model sees no images, or takes no tokens.
         """
-        if self._vision is None:
-            raise BadInput("this model sees no images", where=self._bundle.name)
-        (found,) = self._vision.run(None, feeds)
+        graph = self._projector if "tokens" in feeds else self._vision
+        if graph is None:
+            raise BadInput("this model sees no images, or takes no tokens", where=self._bundle.name)
+        (found,) = graph.run(None, feeds)
         return np.asarray(found[0], np.float32)
 
     def _seen(self, tokens: int, pictures: Pictures) -> Array:

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from saec.config import MllmSettings
 from saec.errors import BadInput
-from saec.types import Image
+from saec.types import Image, Tokens
 from saec.vlm.answers import Decision
-from saec.vlm.contract.bundle import Bundle, read_bundle
+from saec.vlm.contract.bundle import BASIS, Bundle, read_bundle
 from saec.vlm.edge.chat import fit, refuse_controls
 from saec.vlm.edge.family import at_its_size, open_tokenizer, prompts_of
 from saec.vlm.edge.generate import GREEDY, Answer, Sampling, generate
@@ -32,6 +32,7 @@ from saec.vlm.edge.session import Conversation
 from saec.vlm.edge.store import Start
 from saec.vlm.looks import decisions, log_softmax
 from saec.vlm.prompt import Ask, Question, ask_evidence
+from saec.vlm.tokens.codec import Basis
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,14 +47,18 @@ class Seen:
 class OnnxVlm:
     """A bundle that answers. One thread at a time."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, graphs: Graphs, *, prefixes: int = 8) -> None:
-        """Answer with these graphs; the beginnings of the last ``prefixes`` products' prompts are kept."""
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, graphs: Graphs, *, prefixes: int = 8, basis: Basis | None = None
+    ) -> None:
+        """Answer with these graphs; the beginnings of the last ``prefixes`` products' prompts are kept. ``basis`` is
+        what the tokens are described in that can come in an image's place."""
         self.bundle = bundle
         self.model_id = bundle.model_id
         self._tokenizer, self._graphs = tokenizer, graphs
         self._prompts = prompts_of(bundle, tokenizer)
         self._beginnings: OrderedDict[bytes, Prefix] = OrderedDict()
         self._most = prefixes
+        self._basis = basis
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 2, prefixes: int = 8) -> Self:
@@ -63,12 +68,29 @@ class OnnxVlm:
             BadInput: no bundle, or a damaged one.
         """
         bundle = read_bundle(folder)
-        tokenizer = open_tokenizer(folder)
-        return cls(bundle, tokenizer, Graphs.load(folder, bundle, threads=threads), prefixes=prefixes)
+        tokenizer, graphs = open_tokenizer(folder), Graphs.load(folder, bundle, threads=threads)
+        basis = None if bundle.tower is None else Basis.load(folder / BASIS)
+        return cls(bundle, tokenizer, graphs, prefixes=prefixes, basis=basis)
 
     def at_its_size(self, settings: MllmSettings) -> MllmSettings:
         """Return the settings with the image sizes they leave open: what the vision graph sees, and no larger."""
         return at_its_size(self.bundle, settings)
+
+    def expand(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return all tokens [L, W] of an image of which some came.
+
+        Raises:
+            BadInput: this model takes no tokens, or not those of that tower or basis.
+        """
+        vision = self.bundle.vision
+        if self._basis is None or vision is None:
+            fix = "serve Loupe, or set cloud.uplink to image or crop"
+            raise BadInput("this model takes no tokens in an image's place", where=self.model_id, fix=fix)
+        if tokens.model_id != self.bundle.tower or tokens.total != vision.tokens:
+            what = f"these are tokens of {tokens.model_id}, and this model takes those of {self.bundle.tower}"
+            fix = "install the same version of saec on both sides, with the same adapter in tokens.adapter"
+            raise BadInput(what, where=self.model_id, fix=fix)
+        return self._basis.expand(tokens)
 
     def look(self, question: Question, timing_ms: dict[str, float] | None = None) -> tuple[NDArray[np.float64], Seen]:
         """Return the log-probabilities [2] of the labels 0 and 1, and what evidence can be asked from.

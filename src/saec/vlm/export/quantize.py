@@ -20,7 +20,16 @@ from pydantic import BaseModel, ConfigDict
 from saec.data.hashing import sha256_json
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
-from saec.vlm.contract.bundle import DECODER, EMBEDDING, TOKENIZER, VISION, Bundle, write_bundle
+from saec.vlm.contract.bundle import (
+    BASIS,
+    DECODER,
+    EMBEDDING,
+    PROJECTOR,
+    TOKENIZER,
+    VISION,
+    Bundle,
+    write_bundle,
+)
 from saec.vlm.contract.signature import Signature
 from saec.vlm.export.bundle import whole
 from saec.vlm.export.calibrate import write_w8a16
@@ -140,7 +149,7 @@ def _write(
         if (folder / VISION).is_file():
             rounded_products(folder / VISION, "int8").save(new / VISION)  # closer than int4, and as fast
         copied = []
-    for name in copied:
+    for name in (*copied, PROJECTOR, BASIS):
         for file in folder.glob(f"{Path(name).stem}.*"):
             shutil.copyfile(file, new / file.name)
     shutil.copyfile(folder / TOKENIZER, new / TOKENIZER)

@@ -100,11 +100,12 @@ class LoupePrompts:
         return list(self._tokens.encode(text, add_special_tokens=False).ids)
 
     def picture(self, question: Question) -> dict[str, NDArray[np.float32]]:
-        """Return ``pixel_values`` [1, 3, side, side] and ``anomaly_map`` [1, patches, patches]."""
-        return {
-            "pixel_values": pixel_values(question.part, self._preprocess),
-            "anomaly_map": self._map(question)[None],
-        }
+        """Return ``pixel_values`` [1, 3, side, side], or the ``tokens`` [1, L, W] that came in their place, and
+        ``anomaly_map`` [1, patches, patches]."""
+        anomaly_map = self._map(question)[None]
+        if question.tokens is not None:
+            return {"tokens": question.tokens[None], "anomaly_map": anomaly_map}
+        return {"pixel_values": pixel_values(question.part, self._preprocess), "anomaly_map": anomaly_map}
 
     def _map(self, question: Question) -> Heatmap:
         """Return the anomaly map on the tower's patches; beside the part, and without a map, as on a good part."""

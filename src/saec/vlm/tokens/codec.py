@@ -68,7 +68,14 @@ class Basis:
         return np.asarray((standardised(tokens) - self.mean) @ self.down[:dims].T)
 
     def expand(self, tokens: Tokens) -> Array:
-        """Return all standardised tokens [L, W]; in the places of those that were not sent stands the mean token."""
+        """Return all standardised tokens [L, W]; in the places of those that were not sent stands the mean token.
+
+        Raises:
+            BadInput: more coordinates than this basis has.
+        """
+        if tokens.levels.shape[1] > len(self.up):
+            what = f"tokens with {tokens.levels.shape[1]} coordinates, and the basis has {len(self.up)}"
+            raise BadInput(what, where=tokens.model_id)
         found = np.zeros((tokens.total, tokens.levels.shape[1]), np.float32)
         found[tokens.indices] = tokens.levels * np.float32(tokens.scale)
         return np.asarray(self.mean + found @ self.up[: found.shape[1]])

@@ -91,12 +91,3 @@ class TowerTokeniser:
         indices = most_uncertain(uncertainty, how.ratio)
         levels, scale = quantised(self.basis.coordinates(tokens[indices], how.dims), how.bits)
         return Tokens(levels, scale, indices, len(tokens), self.model_id)
-
-
-def open_tokeniser(settings: Settings) -> TowerTokeniser | None:
-    """Return what makes tokens of images where ``cloud.uplink`` says that tokens go up.
-
-    Raises:
-        BadInput: see :meth:`TowerTokeniser.load`.
-    """
-    return TowerTokeniser.load(settings) if settings.cloud.uplink == "tokens" else None
