@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 import tiny_loupe as tiny
 from cli_run import saec
-from saec.config import DistillSettings
+from saec.config import DistillSettings, MllmSettings
 from saec.data.hashing import sha256_file
 from saec.errors import BadInput
-from saec.learn.distill import Judged, Teacher, distill
+from saec.learn.distill import Judged, Teacher, distill, load_teacher
 from saec.train.config import TrainSettings, load_train_settings
 from saec.train.evaluation import p_defects
 from saec.train.gates import files_gate
@@ -32,8 +32,9 @@ from saec.train.release import check_files, trained_with
 from saec.train.rows import Row, read_rows
 from saec.train.steps import Interrupted
 from saec.vlm.adapter import with_adapter
-from saec.vlm.load import Vlm
+from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.trained import WEIGHTS
+from tiny_vlms import save_tiny, save_tiny_adapter
 from train_rows import make_files
 
 LESSON = DistillSettings(epochs=2, batch_size=4, lr=2e-3, projector_lr=2e-3, weight_logits=1.0)
@@ -193,6 +194,20 @@ def test_a_wider_teacher_teaches_through_a_learned_projection(
     assert not [name for name in load_file(tmp_path / "out/last" / WEIGHTS) if "width" in name]
 
 
+def test_a_teacher_shares_the_frozen_base_and_nobody_teaches_himself(tmp_path: Path):
+    folder = str(save_tiny("smolvlm", tmp_path / "smolvlm"))
+    other = save_tiny_adapter(tmp_path / "smolvlm", tmp_path / "adapter")
+    bare = MllmSettings(model=folder, dtype="float32")
+    base = load_vlm(bare)
+    own = {id(weight) for weight in base.model.parameters()}
+
+    def shared(settings: MllmSettings) -> int:
+        return sum(id(weight) in own for weight in load_teacher(settings, base, folder).vlm.model.parameters())
+
+    assert shared(bare.model_copy(update={"adapter": other})) == len(own)
+    assert shared(bare) == 0, "the student's adapter is put into the base: it must not be the teacher's"
+
+
 # -- stopping and refusing
 
 
@@ -237,8 +252,6 @@ def test_an_adapter_without_a_record_and_no_parts_are_refused(folder: Path, tmp_
 
 
 def test_the_command_teaches_a_llava_by_a_smolvlm(tmp_path: Path):
-    from tiny_vlms import save_tiny
-
     make_files(tmp_path, n_train=8, n_val=4)
     for family in ("llava", "smolvlm"):
         save_tiny(family, tmp_path / family)

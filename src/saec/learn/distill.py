@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saec import __version__
 from saec.config import DistillSettings, MllmSettings, PromptSettings
 from saec.data.hashing import sha256_file, sha256_json
 from saec.errors import BadInput
@@ -127,21 +126,10 @@ def distill(
             if stop and at.epoch < how.epochs:
                 raise Interrupted(at.step, steps.total)
         adapter.save_release(vlm, out / RELEASE, dtype=how.release_dtype)
-        summary = {
-            "format": "saec-train/1",
-            "version": __version__,
-            "model": vlm.base_id,
-            "release": RELEASE,
-            "adapter_sha256": sha256_file(out / RELEASE / WEIGHTS),
-            "settings": how.model_dump(mode="json"),
-            "distillation": settings.model_dump(mode="json"),
-            "teacher": master.vlm.model_id,
-            "data": {"sha256": data, "n_train": len(parts)},
-            "trainable_weights": sum(weight.numel() for weight in adapter.trainable(vlm.model).values()),
-            "steps": at.step,
-            "train_seconds": round(at.seconds, 3),
-            "memory": record.peak_memory(),
-        }
+        weights = sum(weight.numel() for weight in adapter.trainable(vlm.model).values())
+        said = {"sha256": data, "n_train": len(parts)}
+        summary = record.summary_of(vlm.base_id, out / RELEASE, how, said, weights, at)
+        summary |= {"distillation": settings.model_dump(mode="json"), "teacher": master.vlm.model_id}
         record.write_summary(out, summary)
     return TrainResult(out / RELEASE, summary)
 

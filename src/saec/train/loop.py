@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saec import __version__
 from saec.config import MllmSettings
-from saec.data.hashing import sha256_file
 from saec.train import adapter, evaluation, record
 from saec.train.checkpoint import Position
 from saec.train.config import TrainSettings
@@ -31,7 +29,6 @@ from saec.train.stop import Stop
 from saec.vlm.encode import IGNORED
 from saec.vlm.load import Vlm, load_vlm
 from saec.vlm.run import on_device
-from saec.vlm.trained import WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,21 +179,9 @@ def _rank(entry: dict[str, Any]) -> tuple[float, float]:
 def _finish(run: _Run, at: Position) -> TrainResult:
     release = run.out / run.settings.keep
     evaluations = read_lines(run.out / record.EVALUATIONS)
-    best = max(evaluations, key=_rank)
-    summary = {
-        "format": "saec-train/1",
-        "version": __version__,
-        "model": run.vlm.base_id,
-        "release": run.settings.keep,
-        "adapter_sha256": sha256_file(release / WEIGHTS),
-        "best_epoch": best["epoch"],
-        "settings": run.settings.model_dump(mode="json"),
-        "data": {"sha256": run.data, "n_train": len(run.train), "n_val": len(run.val)},
-        "trainable_weights": sum(weight.numel() for weight in run.steps.learning.values()),
-        "steps": at.step,
-        "train_seconds": round(at.seconds, 3),
-        "memory": record.peak_memory(),
-        "epochs": evaluations,
-    }
+    data = {"sha256": run.data, "n_train": len(run.train), "n_val": len(run.val)}
+    weights = sum(weight.numel() for weight in run.steps.learning.values())
+    summary = record.summary_of(run.vlm.base_id, release, run.settings, data, weights, at)
+    summary |= {"best_epoch": max(evaluations, key=_rank)["epoch"], "epochs": evaluations}
     record.write_summary(run.out, summary)
     return TrainResult(release, summary)

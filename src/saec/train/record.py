@@ -20,9 +20,10 @@ from saec.data.hashing import sha256_file
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput
 from saec.fleet.sqlite_file import lock
+from saec.train.checkpoint import Position
 from saec.train.config import TrainSettings, first_difference, make_train_settings
 from saec.train.files import read_lines
-from saec.vlm.trained import BEGUN, TRAINED_ON, read_record
+from saec.vlm.trained import BEGUN, TRAINED_ON, WEIGHTS, read_record
 from saec.vlm.trained import RUN as SUMMARY
 
 LOG, EVALUATIONS = "train.log.jsonl", "eval.jsonl"
@@ -99,6 +100,25 @@ def _digest(file: Path) -> str:
         return sha256_file(file)
     except OSError as error:
         raise BadInput("cannot read the fine-tuning file", where=file, fix=error.strerror or "check the path") from None
+
+
+def summary_of(
+    model: str, release: Path, settings: TrainSettings, data: Mapping[str, Any], weights: int, at: Position
+) -> dict[str, Any]:
+    """Return what any finished run says of itself. ``release`` is its adapter's folder, ``weights`` how many learnt."""
+    return {
+        "format": "saec-train/1",
+        "version": __version__,
+        "model": model,
+        "release": release.name,
+        "adapter_sha256": sha256_file(release / WEIGHTS),
+        "settings": settings.model_dump(mode="json"),
+        "data": dict(data),
+        "trainable_weights": weights,
+        "steps": at.step,
+        "train_seconds": round(at.seconds, 3),
+        "memory": peak_memory(),
+    }
 
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
