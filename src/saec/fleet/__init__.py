@@ -1,1 +1,1 @@
-"""What must survive: the ledger of verdicts."""
+"""What must survive: the ledger of verdicts, and frames on their way up."""
