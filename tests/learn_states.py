@@ -48,7 +48,7 @@ def taught(base: State, *, seed: int = 1, by: float = 0.01) -> State:
     rng = np.random.default_rng(seed)
     moved = {
         name: (value + rng.normal(size=value.shape) * by).astype(value.dtype)
-        for name, value in base.tensors.items()
+        for name, value in sorted(base.tensors.items())
         if value.dtype.kind == "f"
     }
     more = {LEARNT: np.concatenate([base.tensors[LEARNT], learnt(f"new {seed}")])}

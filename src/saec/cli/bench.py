@@ -286,3 +286,42 @@ def table(
         side=side,
     )
     run_and_tell(arms, found, judge, settings, out, published=published, json_=json_)
+
+
+@app.command()
+def update(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Adapter that devices have.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The same adapter, taught.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Labelled parts: the test split, or all.")],
+    station: Annotated[
+        Path | None,
+        typer.Option("--station", "-s", metavar="DIR", help="Station that makes anomaly maps.", show_default=False),
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Shares of the changed weights.")] = "0.005,0.01,0.02,0.03",
+    bits: Annotated[str, typer.Option(help="Bits of a changed weight.")] = "2,4",
+    limit: Annotated[int, typer.Option(help="At most this many parts.")] = 300,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFile = None,
+) -> None:
+    """Compressed updates of an adapter: bytes against accuracy, by share kept, bits, and how weights are chosen."""
+    from saec.cli.console import steps
+    from saec.cli.demo import sample
+    from saec.cli.fit import stepper
+    from saec.cli.options import load_station, mllm_backend
+    from saec.evaluate.bench_update import SELECTIONS, Way, bench_update
+    from saec.evaluate.probe import AdapterProbe, labelled
+
+    settings = settings_of(config, set_)
+    parts = sample(labelled(data, settings), limit)
+    maps = None if station is None else load_station(station, settings)
+    try:
+        ways = [Way(float(k), int(b), how) for k in keep.split(",") for b in bits.split(",") for how in SELECTIONS]
+    except ValueError:
+        raise BadInput(
+            "not a list of shares or bits", where=f"{keep} {bits}", fix="such as 0.01,0.02 and 2,4"
+        ) from None
+    probe = AdapterProbe(mllm_backend(settings), parts, settings, maps)
+    with steps() as progress:
+        table = bench_update(base, new, probe, ways, progress=stepper(progress))
+    finish(json_, table)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from saec.data.dataset import Dataset
     from saec.edge.hot import HotStation
     from saec.edge.station import Station
-    from saec.types import Backend, CloudClient, Explainer, Part
+    from saec.evaluate.probe import Swaps
+    from saec.types import CloudClient, Explainer, Part
 
 StationOption = Annotated[
     Path, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
@@ -141,9 +142,19 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
         health = probe(choice, settings.cloud)
         client = HttpCloudClient(choice, settings.cloud, model_id=health.model_id)
     try:
-        yield client
+        yield _with_uplink(client, settings)
     finally:
         client.close()
+
+
+def _with_uplink(client: CloudClient, settings: Settings) -> CloudClient:
+    """Return the client, with tokens in the images' place where ``cloud.uplink`` says so."""
+    if settings.cloud.uplink != "tokens":
+        return client
+    from saec.cloud.tokens import TokenClient
+    from saec.vlm.tokens.tower import TowerTokeniser
+
+    return TokenClient(client, TowerTokeniser.load(settings))
 
 
 @contextmanager
@@ -180,7 +191,7 @@ def refuse_learnt(choice: str | None, settings: Settings, parts: Sequence[Part])
         refuse(as_trained(settings.mllm).adapter, parts)
 
 
-def mllm_backend(settings: Settings) -> Backend:
+def mllm_backend(settings: Settings) -> Swaps:
     """Return the multimodal LLM of the settings; it is loaded by its warm-up.
 
     Raises:

@@ -1,0 +1,204 @@
+"""``saec learn diff``, ``apply``, ``rollback`` and ``versions``: updates made, applied, and taken back by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saec.cli.options import ConfigOption, JsonOption, SetOption, load_station, mllm_backend, settings_of
+from saec.errors import BadInput, GateFailed
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.learn.apply import Probe
+
+Station = Annotated[
+    Path | None, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
+]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of an adapter.", show_default=False)]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Token that updates are authenticated with. Default: cloud.token of the settings."
+    ),
+]
+
+
+def diff(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Station or adapter as devices have it.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The same, taught.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update.", show_default=False)],
+    product: Annotated[str | None, typer.Option(metavar="NAME", help="Of the station.", show_default=False)] = None,
+    key_file: KeyFile = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make a compressed update from one station or adapter to another.
+
+    Of an adapter the most important changes go (learn.keep, learn.bits); a station's grown bank goes in 8 bits, all
+    else exact.
+    """
+    from saec.cli.console import print_json, print_tables
+    from saec.data.manifest import write_atomic
+    from saec.evaluate.bench_update import delta_figures, figures_table
+    from saec.fleet.slots import Slots
+    from saec.learn.apply import state_of
+    from saec.learn.delta import compress
+    from saec.learn.update import ADAPTER, Update, encode_update
+
+    settings = settings_of(config, set_)
+    slots = Slots(base)
+    target = _target_of(slots.current(), product)
+    before, after = state_of(slots.current(), target), state_of(Slots(new).current(), target)
+    keep = settings.learn.keep if target == ADAPTER else None
+    delta = compress(before, after, keep=keep, bits=settings.learn.bits)
+    decoded = delta.apply(before)
+    version = slots.pointer.highest + 1
+    update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta)
+    data = encode_update(update, _key(key_file, settings))
+    write_atomic(out, data)
+    figures = {"target": target, "version": version, **delta_figures(delta, after, len(data))}
+    if json_:
+        print_json(figures)
+    else:
+        print_tables(figures_table(f"Update {version} of {target}", figures))
+
+
+def apply(
+    update: Annotated[Path, typer.Argument(metavar="UPDATE", help="File that saec learn diff or the cloud made.")],
+    station: Station = None,
+    adapter: Adapter = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Labelled parts on which the new version must not be worse. Default, for a station that remembers "
+            "them: the parts that calibrated it.",
+            show_default=False,
+        ),
+    ] = None,
+    key_file: KeyFile = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Apply an update: whole or not at all, and only if the probe set gets no worse by more than learn.probe_loss.
+
+    With --adapter, --station names the station that makes the anomaly maps of the probe set. Exit codes: 1 where the
+    probe set got worse and the old version stays, 2 for an update that must not be applied here.
+    """
+    from saec.cli.console import print_json, say
+    from saec.learn.apply import apply_update
+
+    settings = settings_of(config, set_)
+    root = _root(station, adapter)
+    try:
+        data = update.read_bytes()
+    except OSError as error:
+        raise BadInput("cannot read the update", where=update, fix=error.strerror or "check the path") from None
+    key, most = _key(key_file, settings), settings.learn.max_frame_bytes
+    measure = _probe(root, data, key, station if adapter else None, probe, settings)
+    done = apply_update(root, data, key=key, most=most, probe=measure, tolerance=settings.learn.probe_loss)
+    on_probe = {"before": done.before, "after": done.after}
+    if json_:
+        print_json({"version": done.version, "folder": str(done.slot), "kept": done.kept, **on_probe})
+    if not done.kept:
+        rates = f"is right on {done.after:.1%} of the probe set, the one at work on {done.before:.1%}"
+        raise GateFailed(f"version {done.version} {rates}: it was dropped")
+    if not json_:
+        on = "" if done.after is None else f"; on the probe set {done.after:.1%}, before {done.before:.1%}"
+        say(f"Version {done.version} counts now{on}.")
+
+
+def rollback(station: Station = None, adapter: Adapter = None, json_: JsonOption = False) -> None:
+    """Take the last update back: the version before it counts again, at once, also in runs under way."""
+    from saec.cli.console import print_json, say
+    from saec.fleet.slots import Slots
+
+    slots = Slots(_root(station, adapter))
+    with slots.alone():
+        version = slots.back().version
+    if json_:
+        print_json({"version": version, "folder": str(slots.current())})
+    else:
+        say(f"Version {version} counts again." if version else "What was fitted counts again.")
+
+
+def versions(station: Station = None, adapter: Adapter = None, json_: JsonOption = False) -> None:
+    """What was applied, refused by its probe set, and taken back, with the figures."""
+    from saec.cli.console import print_json, print_tables
+    from saec.cli.tell import percent
+    from saec.evaluate.table import Table
+    from saec.fleet.slots import Slots
+
+    pointer = Slots(_root(station, adapter)).pointer
+    if json_:
+        print_json({"current": pointer.current.version, "history": [dict(entry) for entry in pointer.history]})
+        return
+    columns = ("when", "version", "what", "target", "probe before", "probe after", "state")
+    rows = [
+        {
+            "when": entry["when"],
+            "version": entry["version"],
+            "what": entry["what"],
+            "target": entry.get("target"),
+            "probe before": percent(entry.get("before")),
+            "probe after": percent(entry.get("after")),
+            "state": entry["sha256"][:12],
+        }
+        for entry in pointer.history
+    ]
+    print_tables(Table(f"Version {pointer.current.version} counts", columns, rows))
+
+
+def _root(station: Path | None, adapter: Path | None) -> Path:
+    root = adapter or station
+    if root is None:
+        raise BadInput("nothing named", fix="pass --station or --adapter")
+    if not root.is_dir():
+        raise BadInput("no such folder", where=root)
+    return root
+
+
+def _target_of(folder: Path, product: str | None) -> str:
+    """Return the target in a folder: the adapter, or the product named, or a station's only one."""
+    from saec.edge.station import INDEX, read_manifest
+    from saec.learn.update import ADAPTER, product_target
+
+    if not (folder / INDEX).is_file():
+        return ADAPTER
+    products = read_manifest(folder).products
+    if product is None and len(products) > 1:
+        raise BadInput("an update is of one product", where=folder, fix=f"pass --product, of {', '.join(products)}")
+    return product_target(product or products[0])
+
+
+def _key(file: Path | None, settings: Settings) -> bytes | None:
+    if file is None:
+        return None if settings.cloud.token is None else settings.cloud.token.encode()
+    try:
+        key = file.read_bytes().strip()
+    except OSError as error:
+        raise BadInput("cannot read the key", where=file, fix=error.strerror or "check the path") from None
+    if not key:
+        raise BadInput("the key is empty", where=file)
+    return key
+
+
+def _probe(
+    root: Path, data: bytes, key: bytes | None, maps: Path | None, parts: Path | None, settings: Settings
+) -> Probe | None:
+    """Return what measures the update's target; ``None`` where there is nothing to measure on."""
+    from saec.evaluate.probe import AdapterProbe, labelled, replay_probe, station_probe
+    from saec.learn.update import decode_update, product_of
+
+    product = product_of(decode_update(data, key, settings.learn.max_frame_bytes).target)
+    if product is None:
+        if parts is None:
+            return None
+        station = None if maps is None else load_station(maps, settings)
+        return AdapterProbe(mllm_backend(settings), labelled(parts, settings), settings, station)
+    return replay_probe(root, product, settings) if parts is None else station_probe(parts, product, settings)

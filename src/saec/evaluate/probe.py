@@ -1,0 +1,137 @@
+"""Probe sets: how right a version of a station or an adapter is on labelled parts, before it may count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saec.cloud.backend import SwapsAdapter
+from saec.config import Settings
+from saec.data.decode import read_image
+from saec.data.readers import read_dataset
+from saec.edge.station import Station
+from saec.errors import BadInput
+from saec.fleet.slots import current_folder
+from saec.types import Backend, Heatmap, Label, Part, Query
+
+Probe = Callable[[Path], float]
+"""Returns the accuracy [0, 1] of what is in a folder."""
+
+
+class Swaps(Backend, SwapsAdapter, Protocol):
+    """A backend that answers with one adapter after the other."""
+
+
+TAU = 0.5
+"""P(defect) from which on a multimodal LLM is taken to call a part a defect."""
+
+
+def labelled(data: Path, settings: Settings) -> list[Part]:
+    """Return the labelled parts of a data set, of its test split where it has splits.
+
+    Raises:
+        BadInput: there are none.
+    """
+    dataset = read_dataset(data, max_pixels=settings.data.max_pixels)
+    parts = [part for part in dataset.select(split="test" if dataset.splits else None) if part.label is not None]
+    if not parts:
+        raise BadInput("no labelled parts", where=data, fix="sort the images into good/ and defect/, or pass a CSV")
+    return parts
+
+
+def station_probe(data: Path, product: str, settings: Settings) -> Probe:
+    """Return what measures a product of a station on labelled parts; those of a folder without products are its own.
+
+    Raises:
+        BadInput: no such parts.
+    """
+    every = labelled(data, settings)
+    named = {part.product for part in every}
+    parts = [part for part in every if part.product == product or len(named) == 1]
+    if not parts:
+        raise BadInput("no parts of this product", where=data, fix=f"it has {', '.join(sorted(named))}, not {product}")
+
+    def accuracy(folder: Path) -> float:
+        station = Station.load(folder, settings=settings)
+        tau = station.calibration(product).thresholds.tau_edge
+        p = [station.predict(_image(part, settings), product).p_defect for part in parts]
+        return _share_right(p, parts, tau)
+
+    return accuracy
+
+
+def replay_probe(root: Path, product: str, settings: Settings) -> Probe | None:
+    """Return what measures a product on the parts that calibrated its version at work, from its own figures of them:
+    has it forgotten anything? ``None`` for a station that remembers none.
+
+    Raises:
+        BadInput: the station is damaged, or does not know the product.
+    """
+    known = Station.load(current_folder(root), settings=settings).model(product).replay
+    if known is None:
+        return None
+    hashes = set(known.hashes)
+
+    def accuracy(folder: Path) -> float:
+        model = Station.load(folder, settings=settings).model(product)
+        if model.replay is None:
+            return 0.0
+        rows = model.replay.rows(np.array([sha256 in hashes for sha256 in model.replay.hashes]))
+        p_defect = model.calibration.score.p_defect(rows.score)
+        return float(np.mean((p_defect >= model.calibration.thresholds.tau_edge) == rows.is_defect))
+
+    return accuracy
+
+
+class AdapterProbe:
+    """Asks a multimodal LLM about labelled parts, with one adapter after the other; called, it is a :data:`Probe`."""
+
+    def __init__(self, backend: Swaps, parts: Sequence[Part], settings: Settings, maps: Station | None) -> None:
+        """``maps`` makes the anomaly maps that the questions carry."""
+        self._backend, self.parts, self._settings, self._maps = backend, parts, settings, maps
+        self._heat: dict[str, Heatmap | None] = {}
+
+    def __call__(self, folder: Path) -> float:
+        """Return the accuracy of an adapter."""
+        return _share_right(self.p_defect(folder), self.parts, TAU)
+
+    def p_defect(self, folder: Path) -> NDArray[np.float64]:
+        """Return P(defect) of each part with the adapter in ``folder``.
+
+        Raises:
+            BadInput: the adapter does not fit the model, or a part cannot be judged.
+        """
+        self._backend.swap_adapter(folder)
+        found = []
+        for part in self.parts:
+            (answer,) = self._backend.judge([self._query(part)])
+            if isinstance(answer, Exception):
+                raise BadInput(f"a part of the probe set cannot be judged ({answer})", where=part.path)
+            found.append(answer.p_defect)
+        return np.array(found)
+
+    def _query(self, part: Part) -> Query:
+        image = _image(part, self._settings)
+        if self._maps is not None and part.part_id not in self._heat:
+            self._heat[part.part_id] = self._maps.predict(image, part.product).heatmap
+        return Query(
+            part_id=part.part_id,
+            product=part.product,
+            image=image,
+            original_size=(image.shape[1], image.shape[0]),
+            anomaly_map=self._heat.get(part.part_id),
+            evidence=False,
+        )
+
+
+def _share_right(p_defect: Sequence[float] | NDArray[np.float64], parts: Sequence[Part], tau: float) -> float:
+    truth = np.array([part.label is Label.DEFECT for part in parts])
+    return float(np.mean((np.asarray(p_defect) >= tau) == truth))
+
+
+def _image(part: Part, settings: Settings) -> NDArray[np.uint8]:
+    return read_image(part.path, max_pixels=settings.data.max_pixels)
