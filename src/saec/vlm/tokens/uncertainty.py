@@ -52,5 +52,5 @@ def grey_entropy(grey: NDArray[np.floating[Any]], side: int) -> NDArray[np.float
 
 def most_uncertain(uncertainty: NDArray[np.float64], ratio: float) -> NDArray[np.int32]:
     """Return the indices, ascending, of exactly ceil(ratio L) tokens; among equals the first ones go."""
-    count = math.ceil(ratio * len(uncertainty) - 1e-9)  # 0.07 x 100 is a little more than 7 in floating point
+    count = max(1, math.ceil(ratio * len(uncertainty) - 1e-9))  # 0.07 x 100 is a little more than 7 in floating point
     return np.sort(np.argsort(-uncertainty, kind="stable")[:count]).astype(np.int32)
