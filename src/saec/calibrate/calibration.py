@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from saec.calibrate import escalation
 from saec.calibrate._numeric import Floats, vector
 from saec.calibrate.conformal import overkill_threshold
+from saec.calibrate.drift import Reference
 from saec.calibrate.escape import clopper_pearson_upper, escape_threshold
 from saec.calibrate.fusion import FINAL_TAU, Fusion, fit_fusion, fit_tau_cloud
 from saec.calibrate.guarantee import Guarantee, NotEnoughData
@@ -57,7 +58,7 @@ class Calibration:
 
     ``method`` says what placed the edge's threshold: ``good-only`` (conformal) or ``labelled`` (Platt).
     ``escalation_expected`` is the share of the calibration parts that the rule escalates. ``data_sha256`` names the
-    calibration parts.
+    calibration parts. ``drift`` is what the line is watched against; ``None`` in stations of older versions.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -73,6 +74,7 @@ class Calibration:
     escalation_expected: float
     data_sha256: str
     notes: tuple[str, ...] = field(default=())
+    drift: Reference | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; a disabled scene threshold is ``None``, there is no Infinity."""
@@ -153,6 +155,7 @@ def calibrate(data: CalibrationData, settings: CalibrationSettings) -> Calibrati
         escalation_expected=plan.share,
         data_sha256=data.data_sha256,
         notes=_notes(parts, labelled) + plan.notes,
+        drift=_reference(parts, score, plan.thresholds),
     )
 
 
@@ -243,6 +246,13 @@ def _plan(
         gain = gain - ((fusion.p_defect(p, parts.cloud_p) >= FINAL_TAU) != parts.truth)
     scene = np.concatenate([parts.good_scene, parts.defect_scene])
     return escalation.from_gain(base, scene, p, share, gain)
+
+
+def _reference(parts: _Parts, score: ScoreCalibration, thresholds: Thresholds) -> Reference:
+    cloud, truth = parts.cloud_p, parts.truth
+    label = truth if cloud is None else cloud >= thresholds.tau_cloud
+    scene = np.concatenate([parts.good_scene, parts.defect_scene])
+    return Reference.of(parts.scores, scene, score.p_defect(parts.scores), truth, label, thresholds)
 
 
 def _overkill(conformal: Guarantee, good: Floats, threshold: float, settings: CalibrationSettings) -> Guarantee:

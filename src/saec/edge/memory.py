@@ -115,11 +115,11 @@ def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed
     bank = np.concatenate([memory.bank, new[:added]])
     places = np.sort(kept_first + rng.permutation(size - kept_first)[: count - added])
     bank[places] = new[added : added + len(places)]
-    raw = _raw_weights(bank)
-    unit = np.median(memory.weight / _raw_weights(memory.bank))
     weight = np.concatenate([memory.weight, np.empty(added, dtype=np.float32)])
     fresh = np.concatenate([places, np.arange(size, size + added)])
-    weight[fresh] = unit * raw[fresh]
+    some = rng.permutation(size)[:_BLOCK]
+    unit = np.median(memory.weight[some] / _raw_weights(memory.bank, some))
+    weight[fresh] = unit * _raw_weights(bank, fresh)
     return Memory(memory.mean, memory.projection, bank, weight)
 
 
@@ -139,18 +139,19 @@ def nearest(patches: Floats, bank: Floats) -> tuple[Floats, NDArray[np.intp]]:
 
 def _weights(bank: Floats) -> Floats:
     """Return 1 / sqrt of the mean distance of each bank vector to its nearest others, scaled to mean 1."""
-    weight = _raw_weights(bank)
+    weight = _raw_weights(bank, np.arange(len(bank)))
     return np.asarray(weight / weight.mean(), dtype=np.float32)
 
 
-def _raw_weights(bank: Floats) -> NDArray[np.float64]:
-    if len(bank) <= SPACING_NEIGHBOURS:
-        return np.ones(len(bank))
+def _raw_weights(bank: Floats, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return 1 / sqrt of the spacing of some rows of a bank."""
+    if len(bank) <= SPACING_NEIGHBOURS or not len(rows):
+        return np.ones(len(rows))
     norms = np.einsum("ij,ij->i", bank, bank)
-    spacing = np.empty(len(bank), dtype=np.float64)
-    for start in range(0, len(bank), _BLOCK):
-        block = bank[start : start + _BLOCK]
-        squared = norms[start : start + _BLOCK, None] + norms - 2 * block @ bank.T
+    spacing = np.empty(len(rows), dtype=np.float64)
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        squared = norms[block, None] + norms - 2 * bank[block] @ bank.T
         closest = np.partition(squared, SPACING_NEIGHBOURS, axis=1)[:, : SPACING_NEIGHBOURS + 1]
         # The smallest is the vector itself.
         spacing[start : start + _BLOCK] = (closest.sum(axis=1) - closest.min(axis=1)) / SPACING_NEIGHBOURS
