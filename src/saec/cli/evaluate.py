@@ -21,6 +21,7 @@ from saec.cli.options import (
     RunOption,
     SetOption,
     StationOption,
+    UplinkOption,
     dataset_of,
     load_station,
     open_cloud,
@@ -63,6 +64,7 @@ def evaluate(
     classifier: ClassifierOption = None,
     side: SideOption = 448,
     cloud: CloudOption = None,
+    uplink: UplinkOption = None,
     explain: ExplainOption = None,
     product: ProductOption = None,
     escalation: Annotated[
@@ -102,7 +104,7 @@ def evaluate(
         raise BadInput("a baseline explains nothing", fix="choose one of --baseline and --explain")
     mode = _mode(edge_only, cloud_only, random_ratio, baseline)
     dials = {"route__mode": mode, "route__random_ratio": random_ratio, "route__budget_share": escalation}
-    settings = patient(settings_of(config, set_, explain__model=explain, **dials), cloud)
+    settings = patient(settings_of(config, set_, explain__model=explain, cloud__uplink=uplink, **dials), cloud)
     judge = load_station(station, settings)
     parts = labelled_parts(data, judge, settings, product)
     arm = None

@@ -19,6 +19,7 @@ from saec.cli.options import (
     ConfigOption,
     JsonOption,
     SetOption,
+    UplinkOption,
     dataset_of,
     open_cloud,
     patient,
@@ -76,6 +77,7 @@ def fit(
         bool, typer.Option("--expert", help="Also fit the larger model that saec cloud serve offers.")
     ] = False,
     cloud: CloudOption = None,
+    uplink: UplinkOption = None,
     classifier: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +118,7 @@ def fit(
     from saec.cli.console import print_json, print_tables, say, say_path, steps
 
     dials = {"calibration__escape": escape, "calibration__overkill": overkill, "calibration__escalation": escalation}
-    settings = patient(settings_of(config, set_, **dials), cloud)
+    settings = patient(settings_of(config, set_, cloud__uplink=uplink, **dials), cloud)
     dataset = dataset_of(data, settings)
     dataset.require_good()
     begun = time.monotonic()

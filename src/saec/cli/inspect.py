@@ -20,6 +20,7 @@ from saec.cli.options import (
     RunOption,
     SetOption,
     StationOption,
+    UplinkOption,
     follow_station,
     open_cloud,
     open_explainer,
@@ -47,6 +48,7 @@ def inspect(
     station: StationOption,
     out: RunOption,
     cloud: CloudOption = None,
+    uplink: UplinkOption = None,
     explain: ExplainOption = None,
     product: ProductOption = None,
     watch: Watch = False,
@@ -66,7 +68,8 @@ def inspect(
     from saec.cli.watch import Watcher, product_chooser
     from saec.evaluate.runner import check_products, contents, recorded, run_parts
 
-    settings = patient(settings_of(config, set_, route__budget_share=escalation, explain__model=explain), cloud)
+    dials = {"route__budget_share": escalation, "explain__model": explain, "cloud__uplink": uplink}
+    settings = patient(settings_of(config, set_, **dials), cloud)
     _refuse_inside(out, images)
     judge = follow_station(station, settings)
     done = recorded(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +47,19 @@ ExplainOption = Annotated[
         "Default: explain.model of the settings, else nobody.",
         show_default=False,
     ),
+]
+
+
+class Uplink(StrEnum):
+    """What goes up of a part; see ``cloud.uplink``."""
+
+    IMAGE = "image"
+    CROP = "crop"
+    TOKENS = "tokens"
+
+
+UplinkOption = Annotated[
+    Uplink | None, typer.Option(help="What goes up of a part. Default: cloud.uplink.", show_default=False)
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings as TOML.", show_default=False)

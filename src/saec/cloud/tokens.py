@@ -10,6 +10,16 @@ from saec.types import CloudClient, CloudError, Opinion, Query, Reason, Tokenise
 from saec.vlm.view import pixels_of
 
 
+def tokenised(query: Query, tokeniser: Tokeniser) -> Query:
+    """Return the question with tokens in place of all images.
+
+    Raises:
+        BadInput: its image is not there any more.
+    """
+    tokens = tokeniser.tokens(pixels_of(query))
+    return replace(query, image=None, region=None, references=(), tokens=tokens)
+
+
 class TokenClient:
     """Asks another client, with visual tokens in place of the part's image and of the reference images.
 
@@ -28,12 +38,11 @@ class TokenClient:
         """
         begun = time.monotonic()
         try:
-            tokens = self._tokeniser.tokens(pixels_of(query))
+            asked = tokenised(query, self._tokeniser)
         except Exception as error:  # whatever a model throws, the edge's verdict stands
             what = f"no tokens of this part ({type(error).__name__}: {error})"
             raise CloudError(Reason.CLOUD_REFUSED, what) from error
         spent = time.monotonic() - begun
-        asked = replace(query, image=None, region=None, references=(), tokens=tokens)
         opinion = self._client.judge(asked, deadline_s=max(0.0, deadline_s - spent))
         self.model_id = opinion.model_id
         return replace(opinion, timing_ms={**opinion.timing_ms, "tokens": round(spent * 1e3, 3)})

@@ -102,6 +102,10 @@ def routing_fingerprint(settings: Settings) -> str:
         include={"mode", "random_ratio", "seed", "budget_share", "budget_bytes", "budget_seconds"}
     )
     cloud = settings.cloud.model_dump(include={"uplink", "max_side", "jpeg_quality"})
+    if settings.cloud.uplink == "tokens":
+        cloud["tokens"] = settings.tokens.model_dump(mode="json")
+    if settings.learn.audit_share > 0:
+        route |= settings.learn.model_dump(include={"audit_share", "drift_share"})
     return sha256_json({"route": route, "cloud": cloud})
 
 
@@ -179,6 +183,7 @@ class _Run:
         pending = self._ledger.pending()
         with self._interrupts_counted():
             try:
+                self._judge.remember(self._ledger.verdicts)
                 self._cloud_side.start(pending)
                 self._edge_side.start(parts, self._ledger.done_ids())
                 self._explain_side.start()
