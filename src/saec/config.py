@@ -220,9 +220,12 @@ class LearnSettings(Section):
 
     samples: int = Field(60, ge=1, description="Parts of a round that are put to the teacher at most.")
     audit_share: float = Field(
-        0.02, ge=0, le=1, description="Share of the parts that the edge is sure of that the cloud sees all the same."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the parts that the edge is sure of that the cloud sees all the same; 0 audits nothing.",
     )
-    drift_share: float = Field(0.5, ge=0, le=1, description="The same while drift is noticed.")
+    drift_share: float = Field(0.5, ge=0, le=1, description="The same while drift is noticed, where audits are asked.")
     min_teacher: float = Field(
         0.7, ge=0.5, lt=1, description="A teacher's opinion counts when max(P, 1 - P) reaches this; a human's always."
     )

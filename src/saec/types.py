@@ -56,6 +56,7 @@ class Reason(StrEnum):
     IN_BAND = "in_band"
     CLOUD_ONLY = "cloud_only"
     CLOUD_RANDOM = "cloud_random"
+    AUDIT = "audit"
     # escalated, but the edge's verdict had to stand
     CLOUD_TIMEOUT = "cloud_timeout"
     CLOUD_REFUSED = "cloud_refused"

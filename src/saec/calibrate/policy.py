@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from saec.calibrate.drift import Reference
 from saec.calibrate.thresholds import Thresholds
 from saec.config import RouteSettings
 
@@ -15,15 +16,19 @@ Mode = Literal["cascade", "edge_only", "cloud_only", "random"]
 class Policy:
     """How one product is routed.
 
-    ``random_ratio`` in [0, 1] and ``seed`` serve the random mode only: SAEC's ablation at the same escalated share.
+    ``random_ratio`` in [0, 1] serves the random mode only: SAEC's ablation at the same escalated share. ``audit_share``
+    of the parts that a cascade would keep goes to the cloud all the same. ``seed`` draws the lots of both. ``drift`` is
+    what the product is watched against, if anything.
     """
 
     mode: Mode
     thresholds: Thresholds
     random_ratio: float = 0.3
     seed: int = 2025
+    audit_share: float = 0.0
+    drift: Reference | None = None
 
     @classmethod
-    def of(cls, settings: RouteSettings, thresholds: Thresholds) -> Self:
-        """Return the policy that the settings ask for, with a product's calibrated thresholds."""
-        return cls(settings.mode, thresholds, settings.random_ratio, settings.seed)
+    def of(cls, settings: RouteSettings, thresholds: Thresholds, drift: Reference | None = None) -> Self:
+        """Return the policy that the settings ask for, with a product's calibrated thresholds; nothing is audited."""
+        return cls(settings.mode, thresholds, settings.random_ratio, settings.seed, drift=drift)

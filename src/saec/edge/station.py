@@ -149,7 +149,8 @@ class Station:
 
     def policy(self, product: str) -> Policy:
         """Return how this product is routed."""
-        return Policy.of(self._route, self.calibration(product).thresholds)
+        calibration = self.calibration(product)
+        return Policy.of(self._route, calibration.thresholds, calibration.drift)
 
     def fusion(self, product: str) -> Fusion | None:
         """Return how the edge's and the cloud's probabilities become one; ``None`` where the cloud alone decides."""

@@ -30,6 +30,7 @@ REASONS: Mapping[Reason, tuple[str, str]] = {
     Reason.HIGH_ENTROPY: ("Edge unsure: high entropy", "The edge's probabilities were spread too evenly."),
     Reason.IN_BAND: ("Close to the threshold", "P(defect) fell into the band around the threshold."),
     Reason.CLOUD_ONLY: ("Cloud only", "The run was set to ask the cloud about every part."),
+    Reason.AUDIT: ("Audit", "The edge was sure; the cloud looked at it by lot, to find sure mistakes."),
     Reason.CLOUD_RANDOM: ("Random draw: cloud", "Random routing, a comparison mode, sent this part up."),
     Reason.CLOUD_TIMEOUT: ("Cloud too late", "No answer within the deadline; the edge's verdict stands."),
     Reason.CLOUD_REFUSED: ("Cloud refused", "The service was overloaded or refused; the edge's verdict stands."),

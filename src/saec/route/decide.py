@@ -9,6 +9,8 @@ goes to the cloud when at least one of these holds, tested in this order, the fi
 4. entropy      > tau_entropy
 5. band_low <= p_defect <= band_high
 
+Of the parts that none of them sends, ``policy.audit_share`` go all the same, as audits, drawn by content.
+
 The label plays no part in it: a confident *good* and a confident *defect* are both kept at the edge. (In the reference
 code the two label rules shared their thresholds, so that no defect was ever kept.)
 
@@ -30,9 +32,9 @@ def decide(scene: SceneScore | None, edge: EdgeResult, policy: Policy, *, sha256
     """Return the one route of a part: ``where`` is ``EDGE`` or ``CLOUD``, ``reason`` says why.
 
     ``scene`` may be ``None`` where it was not computed, as in the modes that do not look at it; a cascade escalates
-    such a part. ``sha256`` (hex digest of the file) draws the lot in random mode, so that a part takes the same route
-    in every run with the same seed. The modes other than cascade are baselines: they follow their rule even for a
-    NaN.
+    such a part. ``sha256`` (hex digest of the file) draws the lot in random mode and for audits, so that a part takes
+    the same route in every run with the same seed. The modes other than cascade are baselines: they follow their rule
+    even for a NaN.
     """
     match policy.mode:
         case "edge_only":
@@ -45,6 +47,8 @@ def decide(scene: SceneScore | None, edge: EdgeResult, policy: Policy, *, sha256
             return Route(Where.EDGE, Reason.EDGE_RANDOM)
         case "cascade":
             doubt = _doubt(scene, edge, policy.thresholds)
+            if doubt is None and lot(policy.seed, f"audit:{sha256}") < policy.audit_share:
+                doubt = Reason.AUDIT
             return Route(Where.EDGE, Reason.EDGE_CONFIDENT) if doubt is None else Route(Where.CLOUD, doubt)
 
 
@@ -63,9 +67,9 @@ def _doubt(scene: SceneScore | None, edge: EdgeResult, tau: Thresholds) -> Reaso
     return None
 
 
-def lot(seed: int, sha256: str) -> float:
+def lot(seed: int, content: str) -> float:
     """Return a number in [0, 1) that depends on nothing but its arguments and is uniform over contents."""
-    digest = hashlib.blake2b(f"{seed}:{sha256}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{content}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from saec.calibrate.fusion import Fusion
 from saec.calibrate.policy import Policy
 from saec.calibrate.thresholds import Thresholds
 from saec.config import Settings
+from saec.route.audit import Audits
 from saec.route.budget import SharedBudget
 from saec.route.channel import Closed
 from saec.route.query import build_query
@@ -122,12 +123,20 @@ class LocalJudge:
         self._settings = settings
         self._budget = budget
         self._clock = clock
+        self._audits = Audits(settings.learn)
         self.busy = BusyMeter(clock)
 
     @property
     def models(self) -> dict[str, str]:
         """Who judges: right after a part's ``predict`` it is who judged it."""
         return dict(self._edge.models)
+
+    def remember(self, verdicts: Callable[[], Iterable[Verdict]]) -> None:
+        """Let the drift watches see what an interrupted run of this very version of the station has seen."""
+        if self._audits.wanted:
+            for verdict in verdicts():
+                if verdict.edge_score is not None and self.models.items() <= verdict.models.items():
+                    self._audits.saw(verdict, self._edge.policy(verdict.product))
 
     def judge(self, part: Part, decoded: Decoded, scored: Callable[[], Scored]) -> Judged:
         """Return the local verdict. ``scored`` waits for the scene score, which is computed beside the detector.
@@ -163,7 +172,9 @@ class LocalJudge:
         scene = scored()
         if scene.ms is not None:
             timings["scene"] = scene.ms
-        verdict, wanted = local_verdict(part, sha256, scene.scene, result, policy, self.models, error=scene.error)
+        audited = self._audits.policy(part.product, policy)
+        verdict, wanted = local_verdict(part, sha256, scene.scene, result, audited, self.models, error=scene.error)
+        self._audits.saw(verdict, policy)
         verdict = replace(verdict, timings_ms=timings)
         if not wanted:
             return Judged(verdict, result.heatmap)
