@@ -14,6 +14,7 @@ from typing import Any
 from saec.config import MllmSettings
 from saec.data.hashing import sha256_file
 from saec.errors import BadInput
+from saec.fleet.slots import current_folder
 from saec.vlm.prompt import VERSION
 
 LOUPE = "loupe"
@@ -80,13 +81,16 @@ def adapter_id(folder: Path) -> str:
 
 
 def as_trained(settings: MllmSettings) -> MllmSettings:
-    """Return the settings with what they leave open filled in: Loupe's adapter, and the image sizes of the training.
+    """Return the settings with what they leave open filled in: Loupe's adapter, the version of an adapter that counts,
+    and the image sizes of the training.
 
     Raises:
-        BadInput: the record beside the adapter is damaged.
+        BadInput: the record beside the adapter, or its versions, are damaged.
     """
     if settings.adapter is None and settings.model == LOUPE:
         settings = settings.model_copy(update={"adapter": SHIPPED})
+    if settings.adapter is not None:
+        settings = settings.model_copy(update={"adapter": current_folder(settings.adapter)})
     record = None if settings.adapter is None else run_record(settings.adapter)
     if record is None:
         return settings
