@@ -1,0 +1,129 @@
+"""saec learn diff, apply, rollback, versions: by hand what rounds do by themselves, with exit codes for scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli_run import saec
+from edge_parts import SETTINGS, defects, good_parts
+from learn_parts import PRODUCT, fitted
+from learn_states import adapter, taught
+from saec.edge.station import Station
+from saec.evaluate.bench_update import Way, bench_update
+from saec.evaluate.probe import AdapterProbe
+from saec.fleet.slots import current_folder
+from saec.learn.state import State, adapter_state, station_state, write_adapter, write_station
+from saec.types import Evidence, Opinion
+
+
+@pytest.fixture
+def station(tmp_path) -> Path:
+    fitted().save(tmp_path / "station")
+    return tmp_path / "station"
+
+
+def changed(station: Path, out: Path, *, tau: float) -> Path:
+    """The same station with another threshold: at 0 everything is a defect."""
+    state = station_state(station, PRODUCT)
+    model = json.loads(json.dumps(state.document["model.json"]))
+    model["calibration"]["thresholds"]["tau_edge"] = tau
+    write_station(station, {PRODUCT: State(state.tensors, {"model.json": model})}, out)
+    return out
+
+
+@pytest.fixture
+def key(tmp_path) -> Path:
+    (tmp_path / "key").write_text("token\n")
+    return tmp_path / "key"
+
+
+def test_a_station_is_updated_and_taken_back_by_hand(station, key, tmp_path):
+    new = changed(station, tmp_path / "new", tau=0.51)
+    made = saec("learn", "diff", station, new, "-o", tmp_path / "u", "--key-file", key, "--json")
+    assert made.code == 0
+    assert json.loads(made.out)["bytes"] == (tmp_path / "u").stat().st_size < 5000
+    done = saec("learn", "apply", tmp_path / "u", "-s", station, "--key-file", key)
+    assert done.code == 0
+    assert "Version 1 counts now; on the probe set" in done.out
+    assert Station.load(station, settings=SETTINGS).calibration(PRODUCT).thresholds.tau_edge == 0.51
+    assert "What was fitted counts again." in saec("learn", "rollback", "-s", station).out
+    assert Station.load(station, settings=SETTINGS).calibration(PRODUCT).thresholds.tau_edge == 0.5
+    history = json.loads(saec("learn", "versions", "-s", station, "--json").out)
+    assert history["current"] == 0
+    assert [entry["what"] for entry in history["history"]] == ["applied", "taken back"]
+    assert "taken back" in saec("learn", "versions", "-s", station).out
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_update_that_is_worse_on_the_probe_set_is_dropped_with_exit_code_1(station, tmp_path, labelled):
+    new = changed(station, tmp_path / "new", tau=0.0)
+    assert saec("learn", "diff", station, new, "-o", tmp_path / "u").code == 0
+    good_parts(tmp_path / "probe", 3, first=300)
+    defects(tmp_path / "probe", 3, first=300)
+    probe = ["--probe", tmp_path / "probe"] if labelled else []
+    done = saec("learn", "apply", tmp_path / "u", "-s", station, *probe)
+    assert done.code == 1
+    assert "it was dropped" in done.err
+    assert current_folder(station) == station
+    assert "was here already" in saec("learn", "apply", tmp_path / "u", "-s", station).error()
+
+
+def test_what_must_not_be_applied_is_refused_with_exit_code_2(station, key, tmp_path):
+    new = changed(station, tmp_path / "new", tau=0.51)
+    saec("learn", "diff", station, new, "-o", tmp_path / "u", "--key-file", key)
+    data = (tmp_path / "u").read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-9])
+    (tmp_path / "empty").write_text("")
+    assert "no key to check it" in saec("learn", "apply", tmp_path / "u", "-s", station).error()
+    assert "cut off" in saec("learn", "apply", tmp_path / "cut", "-s", station, "--key-file", key).error()
+    assert "another base" in saec("learn", "apply", tmp_path / "u", "-s", new, "--key-file", key).error()
+    assert "key is empty" in saec("learn", "apply", tmp_path / "u", "-s", new, "--key-file", tmp_path / "empty").error()
+    assert "cannot read" in saec("learn", "apply", tmp_path / "none", "-s", station).error()
+    assert "nothing named" in saec("learn", "rollback").error()
+    assert "nothing to take back" in saec("learn", "rollback", "-s", station).error()
+
+
+def test_an_adapter_is_updated_by_its_most_important_changes(tmp_path):
+    root = adapter(tmp_path / "adapter")
+    write_adapter(taught(adapter_state(root)), tmp_path / "new")
+    made = saec("learn", "diff", root, tmp_path / "new", "-o", tmp_path / "u", "--set", "learn.keep=0.1", "--json")
+    figures = json.loads(made.out)
+    assert figures["target"] == "adapter"
+    assert figures["bytes"] < figures["dense_bytes"]
+    assert saec("learn", "apply", tmp_path / "u", "--adapter", root).code == 0
+    assert len(adapter_state(current_folder(root)).tensors["replay/sha256"]) == 2
+
+
+class Taught:
+    """A model that is right as often as its adapter's weights are near those that were taught."""
+
+    model_id = "taught"
+
+    def __init__(self, wanted: State) -> None:
+        self._wanted, self._off = wanted, 0.0
+
+    def swap_adapter(self, folder: Path | None) -> None:
+        assert folder is not None
+        now = adapter_state(folder)
+        self._off = sum(float(np.abs(now.tensors[n].astype(float) - v).max()) for n, v in self._wanted.tensors.items())
+
+    def judge(self, queries):
+        p = [0.9 if query.part_id.startswith("defect") else 0.1 for query in queries]
+        return [Opinion(value + (0.5 - value) * min(1.0, self._off), Evidence(), "taught") for value in p]
+
+
+def test_the_bench_holds_every_way_to_compress_against_the_dense_update(tmp_path):
+    root = adapter(tmp_path / "adapter")
+    new = taught(adapter_state(root), by=0.05)
+    write_adapter(new, tmp_path / "new")
+    parts = [*good_parts(tmp_path, 2), *defects(tmp_path, 2)]
+    probe = AdapterProbe(Taught(new), parts, SETTINGS, None)
+    ways = [Way(keep, 8, "magnitude") for keep in (0.05, 1.0)]
+    dense, none, little, much = bench_update(root, tmp_path / "new", probe, ways).rows
+    assert (dense["same label"], dense["mean |ΔP|"]) == ("100.0%", 0.0)
+    assert 0 == none["bytes"] < little["bytes"] < much["bytes"] < dense["bytes"]
+    assert none["mean |ΔP|"] > much["mean |ΔP|"]
