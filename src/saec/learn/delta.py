@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saec.errors import BadInput
+from saec.learn.rows import kept_rows, require_finite, scaled
 from saec.learn.sparse import Floats, Positions, changes_of, packed, quantised, unpacked, unzipped, zipped
 from saec.learn.state import State, Tensors
 
@@ -171,41 +171,11 @@ def _whole(base: NDArray[Any] | None, new: NDArray[Any], *, sparse: bool) -> tup
     if base is not None and sparse and base.shape == new.shape and _is_sparse(base):
         return "", {}
     if base is not None and base.dtype == new.dtype and base.ndim and base.shape[1:] == new.shape[1:]:
-        kept = _kept_rows(base, new)
+        kept = kept_rows(base, new)
         if len(kept):
             dropped = np.setdiff1d(np.arange(len(base)), kept)
-            return "rows", {"/dropped": dropped.astype(np.int32), **_scaled(new[len(kept) :])}
+            return "rows", {"/dropped": dropped.astype(np.int32), **scaled(new[len(kept) :])}
     return "dense", {"": new}
-
-
-def _kept_rows(base: NDArray[Any], new: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the rows of ``base`` with which ``new`` begins, in their order."""
-    places: dict[bytes, list[int]] = {}
-    for number in range(len(base) - 1, -1, -1):
-        places.setdefault(base[number].tobytes(), []).append(number)
-    kept: list[int] = []
-    for row in new:
-        known = places.get(row.tobytes(), [])
-        while known and kept and known[-1] <= kept[-1]:
-            known.pop()
-        if not known:
-            break
-        kept.append(known.pop())
-    return np.array(kept, dtype=np.int64)
-
-
-def _scaled(rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    if rows.ndim < 2 or rows.dtype.kind != "f":
-        return {"/rows": rows}
-    _require_finite(rows)
-    scale = np.abs(rows.astype(np.float32)).max(axis=0, initial=0) / np.float32(127)
-    codes = np.divide(rows.astype(np.float32), scale, out=np.zeros(rows.shape, np.float32), where=scale > 0)
-    return {"/rows": np.round(codes).astype(np.int8), "/scale": scale}
-
-
-def _require_finite(values: NDArray[Any]) -> None:
-    if not np.isfinite(values).all():
-        raise BadInput("the taught state has weights that are no numbers", fix="teach again")
 
 
 # -- all sparse tensors together
@@ -244,7 +214,7 @@ def _chosen(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return entries and way of the positions, and the arrays: the most important changes of all these tensors."""
     changes = np.concatenate([np.zeros(0, np.float32), *(_difference(base[name], new[name]) for name in names)])
-    _require_finite(changes)
+    require_finite(changes)
     weights = [
         np.abs(_difference(base[name], new[name])) * np.asarray(sensitivity.get(name, 1.0), dtype=np.float32).ravel()
         for name in names
