@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from saec.cli.asked import Baseline, ClassifierOption, SideOption
+from saec.cli.bench_uplink import uplink
 from saec.cli.cloud import Kind, backend_of
 from saec.cli.measured import finish, images_of, levels_of
 from saec.cli.options import CloudOption, ConfigOption, JsonOption, ProductOption, SetOption, StationOption, settings_of
 from saec.errors import BadInput
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: tables, and JSON with --json FILE.")
+app.command()(uplink)
 
 JsonFile = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup, escape
 
@@ -122,6 +123,22 @@ def draw(
     )
     series = [("line", line.style, line.name) for line in lines] + [("bars", b.style, b.name) for b in bars]
     return Chart(title, svg, tuple(entry for entry in series if entry[2]), note)
+
+
+def alone(chart: Chart) -> str:
+    """Return a chart as a file of its own: with its legend, and the page's style sheet inside."""
+    style = (Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    legend = [
+        Markup('<g class="{} s{}"><path d="M {} {} h 22"/></g>').format(kind, number, LEFT, HEIGHT + 10 + 16 * row)
+        + _text(LEFT + 28, HEIGHT + 14 + 16 * row, name, "start", "label")
+        for row, (kind, number, name) in enumerate(chart.names)
+    ]
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}"').format(
+        WIDTH, HEIGHT + 16 * (len(chart.names) + 1)
+    )
+    body = chart.svg.partition("role=")[2].removesuffix("</svg>")
+    opened, _, rest = body.partition(">")
+    return f"{head} role={opened}><style>{style}</style>{rest}{Markup().join(legend)}</svg>\n"
 
 
 def _scale(axis: Axis, at_low: float, at_high: float) -> Callable[[float], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Self
 
@@ -55,6 +56,12 @@ class TowerTokeniser:
         record = read_tower(folder)
         lower, upper = (open_graph(folder / file, threads=threads) for file in (LOWER, UPPER))
         return cls(record, lower, upper, Basis.load(folder / BASIS), how)
+
+    def choosing(self, how: TokenSettings) -> Self:
+        """Return the same tower under other settings."""
+        twin = copy(self)
+        twin._how = how
+        return twin
 
     def tokens(self, image: Image) -> Tokens:
         """Return the most uncertain tokens of an image [H, W, 3] BGR of any size."""
