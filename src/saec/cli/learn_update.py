@@ -12,6 +12,7 @@ from saec.errors import BadInput, GateFailed
 
 if TYPE_CHECKING:
     from saec.config import Settings
+    from saec.evaluate.probe import AdapterProbe
     from saec.learn.apply import Probe
 
 Station = Annotated[
@@ -31,6 +32,18 @@ def diff(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The same, taught.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update.", show_default=False)],
     product: Annotated[str | None, typer.Option(metavar="NAME", help="Of the station.", show_default=False)] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Labelled parts: send the smallest share of an adapter's changes that loses at most learn.probe_loss "
+            "on them, in place of learn.keep.",
+            show_default=False,
+        ),
+    ] = None,
+    maps: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Station that makes their anomaly maps.", show_default=False)
+    ] = None,
     key_file: KeyFile = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -46,21 +59,26 @@ def diff(
     from saec.evaluate.bench_update import delta_figures, figures_table
     from saec.fleet.slots import Slots
     from saec.learn.apply import state_of
-    from saec.learn.delta import compress
+    from saec.learn.delta import compress, fit_keep
     from saec.learn.update import ADAPTER, Update, encode_update
 
     settings = settings_of(config, set_)
     slots = Slots(base)
     target = _target_of(slots.current(), product)
     before, after = state_of(slots.current(), target), state_of(Slots(new).current(), target)
-    keep = settings.learn.keep if target == ADAPTER else None
-    delta = compress(before, after, keep=keep, bits=settings.learn.bits)
+    learn, found = settings.learn, {}
+    if target == ADAPTER and probe is not None:
+        loss_of = _adapter_probe(probe, maps, settings).loss
+        keep, delta = fit_keep(before, after, loss_of, bits=learn.bits, most=learn.probe_loss)
+        found = {"keep": keep, "accuracy": 1 - loss_of(delta.apply(before)), "accuracy_dense": 1 - loss_of(after)}
+    else:
+        delta = compress(before, after, keep=learn.keep if target == ADAPTER else None, bits=learn.bits)
     decoded = delta.apply(before)
     version = slots.pointer.highest + 1
-    update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta)
+    update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta, found)
     data = encode_update(update, _key(key_file, settings))
     write_atomic(out, data)
-    figures = {"target": target, "version": version, **delta_figures(delta, after, len(data))}
+    figures = {"target": target, "version": version, **found, **delta_figures(delta, after, len(data))}
     if json_:
         print_json(figures)
     else:
@@ -192,13 +210,19 @@ def _probe(
     root: Path, data: bytes, key: bytes | None, maps: Path | None, parts: Path | None, settings: Settings
 ) -> Probe | None:
     """Return what measures the update's target; ``None`` where there is nothing to measure on."""
-    from saec.evaluate.probe import AdapterProbe, labelled, replay_probe, station_probe
+    from saec.evaluate.probe import replay_probe, station_probe
     from saec.learn.update import decode_update, product_of
 
     product = product_of(decode_update(data, key, settings.learn.max_frame_bytes).target)
     if product is None:
         if parts is None:
             return None
-        station = None if maps is None else load_station(maps, settings)
-        return AdapterProbe(mllm_backend(settings), labelled(parts, settings), settings, station)
+        return _adapter_probe(parts, maps, settings)
     return replay_probe(root, product, settings) if parts is None else station_probe(parts, product, settings)
+
+
+def _adapter_probe(parts: Path, maps: Path | None, settings: Settings) -> AdapterProbe:
+    from saec.evaluate.probe import AdapterProbe, labelled
+
+    station = None if maps is None else load_station(maps, settings)
+    return AdapterProbe(mllm_backend(settings), labelled(parts, settings), settings, station)

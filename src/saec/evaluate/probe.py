@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from saec.data.readers import read_dataset
 from saec.edge.station import Station
 from saec.errors import BadInput
 from saec.fleet.slots import current_folder
+from saec.learn.state import State, write_adapter
 from saec.types import Backend, Heatmap, Label, Part, Query
 
 Probe = Callable[[Path], float]
@@ -98,6 +100,12 @@ class AdapterProbe:
     def __call__(self, folder: Path) -> float:
         """Return the accuracy of an adapter."""
         return _share_right(self.p_defect(folder), self.parts, TAU)
+
+    def loss(self, state: State) -> float:
+        """Return the share of wrong answers with an adapter that lies in memory."""
+        with TemporaryDirectory(prefix="saec-probe-") as scratch:
+            write_adapter(state, Path(scratch) / "adapter")
+            return 1 - self(Path(scratch) / "adapter")
 
     def p_defect(self, folder: Path) -> NDArray[np.float64]:
         """Return P(defect) of each part with the adapter in ``folder``.
