@@ -79,6 +79,7 @@ def render(runs: Sequence[RunFolder], *, sweep: Sequence[SweepPoint] | None = No
         products=view.product_rows(s),
         stages=_stages(s["time"]),
         calibration=_calibration(s["calibration"]),
+        drift=view.drift_rows(s),
         facts=_facts(run),
         terms=words.TERMS,
     )

@@ -200,6 +200,21 @@ def product_rows(s: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def drift_rows(s: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+    """(product, alarms in words, proposal) for each product that was watched."""
+    rows = []
+    for name, seen in s.get("drift", {}).items():
+        standing = {alarm["kind"] for alarm in seen["standing"]}
+        alarms = [
+            f"{alarm['kind']}: {alarm['statement']}; over {alarm['n']} parts, first at part {alarm['since']:,}, "
+            + ("stands at the end" if alarm["kind"] in standing else "over at the end")
+            for alarm in seen["raised"]
+        ]
+        proposal = seen["proposal"]
+        rows.append((name, alarms, f"{proposal['action']}: {proposal['why']}" if proposal else ""))
+    return rows
+
+
 def reason_rows(s: Mapping[str, Any]) -> list[tuple[str, str, int, float, str]]:
     """(short name, explanation, parts, share of the longest bar, where) for each reason, most frequent first."""
     reasons = sorted(s["routing"]["reasons"].items(), key=lambda item: -item[1])

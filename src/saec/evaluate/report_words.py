@@ -174,6 +174,8 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
             f"With {counted(defects, 'defect')} the true escape rate may be as high as "
             f"{percent(bounds['escape_rate'][1])}. More labelled defects narrow this."
         )
+    for product, seen in summary.get("drift", {}).items():
+        notes += [f"{product}: {alarm['statement']} (from part {alarm['since']:,} on)." for alarm in seen["raised"]]
     if summary["unreadable"]:
         k = summary["unreadable"]
         notes.append(f"{counted(k, 'image')} could not be read. {'It counts' if k == 1 else 'They count'} in no rate.")

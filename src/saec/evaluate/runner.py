@@ -27,6 +27,7 @@ from saec.config import RouteSettings, Settings
 from saec.data.decode import read_with_hash
 from saec.data.hashing import sha256_file
 from saec.errors import BadInput
+from saec.evaluate.drift import drift_summary
 from saec.evaluate.meter import Meter, Reading
 from saec.evaluate.report import RunFolder, write_report
 from saec.evaluate.report_images import encode_heatmap
@@ -156,7 +157,7 @@ def run_parts(
         if stats.interrupted and not endless:
             return Outcome(out, None, stats, before)
         verdicts = list(ledger.verdicts())
-    summary = _summary(verdicts, station, stats, metered.reading(), resumed=before > 0)
+    summary = _summary(verdicts, station, stats, metered.reading(), settings, resumed=before > 0)
     write_summary(summary, out / SUMMARY)
     record = manifest(
         name=name or out.resolve().name,
@@ -253,14 +254,24 @@ def _reopened(manifest: Path, progress: OnVerdict | None, verdict: Verdict, fina
 
 
 def _summary(
-    verdicts: Sequence[Verdict], station: Station, stats: PipelineStats, reading: Reading, *, resumed: bool
+    verdicts: Sequence[Verdict],
+    station: Station,
+    stats: PipelineStats,
+    reading: Reading,
+    settings: Settings,
+    *,
+    resumed: bool,
 ) -> dict[str, Any]:
     seen = {verdict.product for verdict in verdicts}
+    calibrations = {product: station.calibration(product) for product in station.products if product in seen}
+    # Verdicts of an earlier version of the station have nothing to do with what this one was calibrated on.
+    own = [verdict for verdict in verdicts if station.models.items() <= verdict.models.items()]
     summary = summarise(
         verdicts,
         stats=None if resumed else RunTimes.of(stats),
         meter=None if resumed else reading,
-        calibration=calibration_summary({p: station.calibration(p) for p in station.products if p in seen}),
+        calibration=calibration_summary(calibrations),
+        drift=drift_summary(own, calibrations, settings),
         learnt=frozenset(station.manifest.train_sha256) | frozenset(station.manifest.calibration_sha256),
     )
     if resumed:

@@ -8,6 +8,7 @@ A figure that was not measured is ``null`` and ``status`` says why; it is never 
 * ``learnt`` counts the parts that the station was itself fitted or calibrated on: on these every rate flatters it.
 * ``explained`` counts the rejects that a model on the edge put into words (``n``), and those that it was asked about in
   vain: too late, or without a usable answer.
+* ``drift`` is what the drift watch saw, by product: alarms with their evidence, and a proposal.
 * ``auroc`` ranks the final P(defect), after the cloud has had its say.
 """
 
@@ -67,11 +68,13 @@ def summarise(
     meter: Reading | None = None,
     models: Mapping[str, str] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    drift: Mapping[str, Any] | None = None,
     learnt: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """Return the summary of a run as plain JSON types, keys as in the design's contract.
 
-    ``models`` defaults to the union of the verdicts' own; ``learnt`` are the content hashes of the images that the
+    ``models`` defaults to the union of the verdicts' own; ``drift`` is :func:`saec.evaluate.drift.drift_summary`'s;
+    ``learnt`` are the content hashes of the images that the
     station has learnt from. Intervals are Clopper–Pearson at 95 %.
     """
     figures = _figures(verdicts)
@@ -116,6 +119,7 @@ def summarise(
         },
         "models": dict(models if models is not None else _models(verdicts)),
         "calibration": dict(calibration or {}),
+        "drift": dict(drift or {}),
     }
     return summary | {"status": _status(summary)}
 
@@ -125,7 +129,14 @@ def calibration_summary(calibrations: Mapping[str, Calibration]) -> dict[str, An
 
     ``{"products": {name: {"statement": str, "thresholds": {…}, "overkill": {…}, "n_good": int, …}}}``
     """
-    return {"products": {name: {"statement": _statement(c)} | c.to_json() for name, c in calibrations.items()}}
+    return {
+        "products": {name: {"statement": _statement(c)} | _without_drift(c) for name, c in calibrations.items()},
+    }
+
+
+def _without_drift(calibration: Calibration) -> dict[str, Any]:
+    """What was fitted, less the quantiles that the drift watch needs: nobody reads 260 numbers."""
+    return {name: value for name, value in calibration.to_json().items() if name != "drift"}
 
 
 def _statement(c: Calibration) -> str:
