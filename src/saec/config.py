@@ -185,6 +185,9 @@ class MllmSettings(PromptSettings):
         "auto is onnx for Loupe on a CPU, else transformers.",
     )
     precision: Literal["float32", "int8", "int4"] = Field("int8", description="Number format under onnx.")
+    width: Path | None = Field(
+        None, description="Width projector (saec vlm width): also tokens of that other tower are answered, under onnx."
+    )
     threads: int = Field(2, ge=1, description="Threads of ONNX Runtime under onnx.")
 
 

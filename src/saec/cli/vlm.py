@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from saec.cli import vlm_ask, vlm_compile, vlm_export, vlm_graphs, vlm_quantize
+from saec.cli import vlm_ask, vlm_compile, vlm_export, vlm_graphs, vlm_quantize, vlm_width
 from saec.errors import BadInput
 
 ASKING = ("e2e", "cache", "query")
@@ -41,3 +41,4 @@ app.command("e2e")(vlm_ask.e2e)
 app.command("cache")(vlm_ask.cache)
 app.command("query")(vlm_ask.query)
 app.command("profile")(vlm_compile.profile)
+app.command("width")(vlm_width.width)

@@ -77,7 +77,8 @@ class OnnxVlmBackend:
         """
         with self._swapping:
             wanted = as_trained(self._settings.model_copy(update={"adapter": folder}))
-            vlm = OnnxVlm.load(ready_bundle(wanted), threads=wanted.threads, prefixes=wanted.prefix_cache)
+            folder = ready_bundle(wanted)
+            vlm = OnnxVlm.load(folder, threads=wanted.threads, prefixes=wanted.prefix_cache, width=wanted.width)
             wanted = vlm.at_its_size(wanted)
             check_numbers(vlm.decide(build_question(probe(), Ask.LABEL, wanted))[0], vlm.model_id)
             self._serving = _Serving(vlm, vlm.model_id + way(wanted), wanted)

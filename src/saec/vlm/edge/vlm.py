@@ -33,6 +33,7 @@ from saec.vlm.edge.store import Start
 from saec.vlm.looks import decisions, log_softmax
 from saec.vlm.prompt import Ask, Question, ask_evidence
 from saec.vlm.tokens.codec import Basis
+from saec.vlm.tokens.width import WidthProjector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,29 +49,40 @@ class OnnxVlm:
     """A bundle that answers. One thread at a time."""
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, graphs: Graphs, *, prefixes: int = 8, basis: Basis | None = None
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        graphs: Graphs,
+        *,
+        prefixes: int = 8,
+        basis: Basis | None = None,
+        width: WidthProjector | None = None,
     ) -> None:
         """Answer with these graphs; the beginnings of the last ``prefixes`` products' prompts are kept. ``basis`` is
-        what the tokens are described in that can come in an image's place."""
+        what the tokens are described in that can come in an image's place, ``width`` takes those of another tower."""
         self.bundle = bundle
         self.model_id = bundle.model_id
         self._tokenizer, self._graphs = tokenizer, graphs
         self._prompts = prompts_of(bundle, tokenizer)
         self._beginnings: OrderedDict[bytes, Prefix] = OrderedDict()
         self._most = prefixes
-        self._basis = basis
+        self._basis, self._width = basis, width
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 2, prefixes: int = 8) -> Self:
+    def load(cls, folder: Path, *, threads: int = 2, prefixes: int = 8, width: Path | None = None) -> Self:
         """Load a bundle; its files are held to their hashes first.
 
         Raises:
-            BadInput: no bundle, or a damaged one.
+            BadInput: no bundle, a damaged one, or a width projector of another model.
         """
         bundle = read_bundle(folder)
         tokenizer, graphs = open_tokenizer(folder), Graphs.load(folder, bundle, threads=threads)
         basis = None if bundle.tower is None else Basis.load(folder / BASIS)
-        return cls(bundle, tokenizer, graphs, prefixes=prefixes, basis=basis)
+        bridge = None if width is None else WidthProjector.load(width)
+        if bridge is not None and bridge.target != bundle.tower:
+            what = f"the width projector leads to {bridge.target}, and this model takes tokens of {bundle.tower}"
+            raise BadInput(what, where=width, fix="make one for this model with saec vlm width")
+        return cls(bundle, tokenizer, graphs, prefixes=prefixes, basis=basis, width=bridge)
 
     def at_its_size(self, settings: MllmSettings) -> MllmSettings:
         """Return the settings with the image sizes they leave open: what the vision graph sees, and no larger."""
@@ -86,9 +98,11 @@ class OnnxVlm:
         if self._basis is None or vision is None:
             fix = "serve Loupe, or set cloud.uplink to image or crop"
             raise BadInput("this model takes no tokens in an image's place", where=self.model_id, fix=fix)
+        if self._width is not None and tokens.model_id == self._width.source:
+            return self._width.expand(tokens)
         if tokens.model_id != self.bundle.tower or tokens.total != vision.tokens:
             what = f"these are tokens of {tokens.model_id}, and this model takes those of {self.bundle.tower}"
-            fix = "install the same version of saec on both sides, with the same adapter in tokens.adapter"
+            fix = "install the same version of saec on both sides, with the same adapter, or set mllm.width"
             raise BadInput(what, where=self.model_id, fix=fix)
         return self._basis.expand(tokens)
 
