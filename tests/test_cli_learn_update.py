@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cli_run import saec
 from edge_parts import SETTINGS, defects, good_parts
@@ -87,6 +88,23 @@ def test_what_must_not_be_applied_is_refused_with_exit_code_2(station, key, tmp_
     assert "nothing to take back" in saec("learn", "rollback", "-s", station).error()
 
 
+def test_a_taught_adapter_in_its_run_is_compressed_by_its_gradients(tmp_path):
+    root = adapter(tmp_path / "adapter")
+    new = taught(adapter_state(root))
+    write_adapter(new, tmp_path / "run" / "last")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    floats = {name: value for name, value in new.tensors.items() if "lora" in name}
+    moments = {f"{n}|exp_avg_sq": np.full(v.shape, "lora_B" in n, np.float32) for n, v in floats.items()}
+    save_file(moments, checkpoint / "optimizer.safetensors")
+    assert saec("learn", "diff", root, tmp_path / "run" / "last", "-o", tmp_path / "u").code == 0
+    assert saec("learn", "apply", tmp_path / "u", "--adapter", root).code == 0
+    before, after = adapter_state(root).tensors, adapter_state(current_folder(root)).tensors
+    assert {name for name in floats if not np.array_equal(before[name], after[name])} == {
+        name for name in floats if "lora_B" in name
+    }
+
+
 def test_an_adapter_is_updated_by_its_most_important_changes(tmp_path):
     root = adapter(tmp_path / "adapter")
     write_adapter(taught(adapter_state(root)), tmp_path / "new")
@@ -122,7 +140,7 @@ def test_the_bench_holds_every_way_to_compress_against_the_dense_update(tmp_path
     write_adapter(new, tmp_path / "new")
     parts = [*good_parts(tmp_path, 2), *defects(tmp_path, 2)]
     probe = AdapterProbe(Taught(new), parts, SETTINGS, None)
-    ways = [Way(keep, 8, "magnitude") for keep in (0.05, 1.0)]
+    ways = [*(Way(keep, 8, "magnitude") for keep in (0.05, 1.0)), Way(0.05, 8, "sensitivity")]  # of gradients unknown
     dense, none, little, much = bench_update(root, tmp_path / "new", probe, ways).rows
     assert (dense["same label"], dense["mean |ΔP|"]) == ("100.0%", 0.0)
     assert 0 == none["bytes"] < little["bytes"] < much["bytes"] < dense["bytes"]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from learn_states import learnt
 from saec.errors import BadInput
 from saec.learn.delta import Delta, compress, fit_keep
-from saec.learn.sensitivity import lora_sensitivity
+from saec.learn.sensitivity import training_sensitivity
 from saec.learn.sparse import changes_of, packed, quantised, unpacked, unzipped, zipped
 from saec.learn.state import State
 
@@ -214,9 +215,17 @@ def test_the_smallest_share_that_loses_no_more_than_stated_is_found():
     assert loss_of(compress(base, new, keep=0.1 if keep == 0.3 else 0.01, bits=8).apply(base)) > 0.01
 
 
-def test_a_lora_weight_matters_as_much_as_its_other_half_is_large():
-    a, b = np.ones((2, 3), np.float32), np.array([[3.0, 0.0], [4.0, 0.0]], np.float32)
-    found = lora_sensitivity({"x.lora_A.weight": a, "x.lora_B.weight": b, "projector": np.ones(5)})
-    assert found["x.lora_A.weight"].tolist() == [[5.0] * 3, [0.0] * 3]
-    assert np.allclose(found["x.lora_B.weight"], np.sqrt(3))
-    assert "projector" not in found
+def test_weights_matter_as_their_gradients_did_in_the_last_checkpoint_of_their_training(tmp_path):
+    name = "base.lora_A.default.weight|exp_avg_sq"
+    for step, value in ((50, 1.0), (60, 4.0)):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08}"
+        folder.mkdir(parents=True)
+        moments = {name: np.full((2, 3), value, np.float32), "base.lora_A.default.weight|step": np.zeros(1)}
+        save_file(moments, folder / "optimizer.safetensors")
+    found = training_sensitivity(tmp_path / "run" / "last")
+    assert list(found) == ["base.lora_A.weight"]
+    assert np.all(found["base.lora_A.weight"] == 2)
+    assert training_sensitivity(tmp_path / "elsewhere" / "adapter") == {}
+    (folder / "optimizer.safetensors").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(BadInput, match="checkpoint is damaged"):
+        training_sensitivity(tmp_path / "run" / "last")

@@ -51,8 +51,8 @@ def diff(
 ) -> None:
     """Make a compressed update from one station or adapter to another.
 
-    Of an adapter the most important changes go (learn.keep, learn.bits); a station's grown bank goes in 8 bits, all
-    else exact.
+    Of an adapter the most important changes go (learn.keep, learn.bits), by its gradients where NEW lies in the folder
+    of its training run, else by size. A station's grown bank goes in 8 bits, all else exact.
     """
     from saec.cli.console import print_json, print_tables
     from saec.data.manifest import write_atomic
@@ -60,6 +60,7 @@ def diff(
     from saec.fleet.slots import Slots
     from saec.learn.apply import state_of
     from saec.learn.delta import compress, fit_keep
+    from saec.learn.sensitivity import training_sensitivity
     from saec.learn.update import ADAPTER, Update, encode_update
 
     settings = settings_of(config, set_)
@@ -67,12 +68,14 @@ def diff(
     target = _target_of(slots.current(), product)
     before, after = state_of(slots.current(), target), state_of(Slots(new).current(), target)
     learn, found = settings.learn, {}
+    matters = training_sensitivity(new) if target == ADAPTER else {}
     if target == ADAPTER and probe is not None:
         loss_of = _adapter_probe(probe, maps, settings).loss
-        keep, delta = fit_keep(before, after, loss_of, bits=learn.bits, most=learn.probe_loss)
+        keep, delta = fit_keep(before, after, loss_of, bits=learn.bits, most=learn.probe_loss, sensitivity=matters)
         found = {"keep": keep, "accuracy": 1 - loss_of(delta.apply(before)), "accuracy_dense": 1 - loss_of(after)}
     else:
-        delta = compress(before, after, keep=learn.keep if target == ADAPTER else None, bits=learn.bits)
+        share = learn.keep if target == ADAPTER else None
+        delta = compress(before, after, keep=share, bits=learn.bits, sensitivity=matters)
     decoded = delta.apply(before)
     version = slots.pointer.highest + 1
     update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta, found)

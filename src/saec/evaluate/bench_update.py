@@ -15,8 +15,8 @@ from saec.calibrate.metrics import auroc
 from saec.evaluate.probe import TAU, AdapterProbe
 from saec.evaluate.table import Cell, Table
 from saec.learn.delta import Delta, compress
-from saec.learn.sensitivity import lora_sensitivity
-from saec.learn.state import State, Tensors, adapter_state, write_adapter
+from saec.learn.sensitivity import training_sensitivity
+from saec.learn.state import LEARNT, State, Tensors, adapter_state, write_adapter
 from saec.learn.update import ADAPTER, Update, encode_update
 from saec.types import Label
 
@@ -47,9 +47,9 @@ def bench_update(
 
     Args:
         base: folder of the adapter that devices have.
-        new: folder of the taught one.
+        new: folder of the taught one; only in that of its training run are its gradients known.
         probe: asks the model.
-        ways: what to compare.
+        ways: what to compare, those by sensitivity only where the gradients are known.
         progress: called with step, done and total.
 
     Raises:
@@ -58,7 +58,8 @@ def bench_update(
     before, after = adapter_state(base), adapter_state(new)
     truth = np.array([part.label is Label.DEFECT for part in probe.parts])
     dense_bytes = plain_bytes(after)
-    weights = lora_sensitivity(after.tensors)
+    weights = training_sensitivity(new)
+    ways = [way for way in ways if weights or way.selection == "magnitude"]
 
     with TemporaryDirectory(prefix="saec-bench-") as scratch:
 
@@ -91,8 +92,8 @@ def bench_update(
 
 
 def plain_bytes(state: State) -> int:
-    """Return the bytes of a state's tensors as they are, uncompressed."""
-    return sum(value.nbytes for value in state.tensors.values())
+    """Return the bytes of a state's weights as they are, uncompressed."""
+    return sum(value.nbytes for name, value in state.tensors.items() if name != LEARNT)
 
 
 def delta_figures(delta: Delta, new: State, size: int) -> dict[str, Any]:
