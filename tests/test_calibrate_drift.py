@@ -114,7 +114,7 @@ def test_scores_that_move_are_noticed_within_a_window(c, shift):
 
 def test_an_alarm_carries_its_evidence_and_goes_when_the_line_is_back():
     rng = np.random.default_rng(5)
-    stream = [*scores(rng, 10, 40), *scores(rng, 10, 60, shift=3.0)]
+    stream = [*scores(rng, 10, 40), *scores(rng, 10, 60, shift=-2.0)]
     watch = watched(LABELLED, stream)
     (alarm,) = [alarm for alarm in watch.alarms() if alarm.kind == "score"]
     assert alarm.value > alarm.limit > 0

@@ -149,8 +149,8 @@ def fit_edge_head(
 
     Returns:
         The head and the fused scores [n], each by a head fitted without the part; ``None`` where there are fewer than
-        :data:`MIN_DEFECTS` of a class, or where the head does not lower the held-out log loss by a standard error: then
-        it would only add noise to the bank.
+        :data:`MIN_DEFECTS` of a class, or where the head does not lower the held-out log loss by a standard error, and
+        by more than two free parameters do anyway (Akaike): then it would only add noise to the bank.
     """
     p = np.asarray(p_defect, dtype=np.float64)
     is_defect = p >= 0.5
@@ -163,7 +163,7 @@ def fit_edge_head(
     bias = fusion.bias - of_bank * bank.location - of_head * own.location
     fused = of_bank * bank_scores + of_head * held_out + bias
     gain = log_losses(bank.p_defect(bank_scores), p) - log_losses(_platt(fused, is_defect).p_defect(fused), p)
-    if gain.mean() < gain.std() / np.sqrt(len(gain)):
+    if gain.mean() < max(gain.std() / np.sqrt(len(gain)), 2 / len(gain)):
         return None
     head = fit_head(x, p, ridge)
     weights = of_head * head.scale * head.weights

@@ -222,6 +222,8 @@ def _figures(model: ProductModel, looked: _Looked, result: ProductModel, both: R
     }
     for name, chosen in (("lessons", fresh), ("replay", ~fresh)):
         truth = both.is_defect[chosen]
+        if not truth.size:
+            continue  # labels of known parts were corrected, and nothing else
         for when, one, scores in (("before", model, before[chosen]), ("after", result, after[chosen])):
             called = one.calibration.score.p_defect(scores) >= one.calibration.thresholds.tau_edge
             figures[f"accuracy_{name}_{when}"] = float(np.mean(called == truth))
