@@ -84,6 +84,12 @@ def test_as_many_tokens_go_up_as_asked_for_in_as_many_coordinates(tower: Path, r
     assert found.total == 64 and found.model_id == "tiny-tower:1"
 
 
+def test_where_all_tokens_go_up_none_is_chosen(tower: Path, monkeypatch: pytest.MonkeyPatch):
+    made = tokeniser(tower, ratio=1.0)
+    monkeypatch.setattr(made, "uncertainty", lambda sight: pytest.fail("chosen all the same"))
+    assert made.tokens(image(3)).indices.tolist() == list(range(64))
+
+
 def test_a_damaged_tower_is_refused(tower: Path, tmp_path: Path):
     broken = save_tower(tmp_path / "broken")
     (broken / UPPER).write_bytes(b"x")

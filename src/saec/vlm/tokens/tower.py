@@ -65,7 +65,10 @@ class TowerTokeniser:
 
     def tokens(self, image: Image) -> Tokens:
         """Return the most uncertain tokens of an image [H, W, 3] BGR of any size."""
-        return self.chosen(self.plain(sight := self.see(image)), self.uncertainty(sight))
+        sight = self.see(image)
+        tokens = self.plain(sight)
+        # Where all of them go, nothing has to be chosen.
+        return self.chosen(tokens, np.zeros(len(tokens)) if self._how.ratio == 1 else self.uncertainty(sight))
 
     def see(self, image: Image) -> Sight:
         """Look at an image with the lower half."""
