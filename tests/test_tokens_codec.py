@@ -129,6 +129,13 @@ def test_a_frame_without_one_of_its_parts_is_refused(lacking: str):
         unpack_tokens(encode_frame(Frame(KIND, header, arrays)))
 
 
+def test_indices_that_are_no_whole_numbers_are_refused():
+    header = {"model": "m", "total": 4, "scale": 1.0}
+    arrays = {"levels": np.zeros((2, 3), np.int8), "indices": np.array([0.5, 1.5, 2.5])}
+    with pytest.raises(BadFrame, match="its indices"):
+        unpack_tokens(encode_frame(Frame(KIND, header, arrays)))
+
+
 def test_cut_changed_and_foreign_frames_are_refused():
     data = pack_tokens(tokens_of())
     for wrong in (data[:-1], data[:40], b"", data[:-3] + b"abc", encode_frame(Frame("other")), json.dumps({}).encode()):

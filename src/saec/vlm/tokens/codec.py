@@ -111,6 +111,8 @@ def unpack_tokens(data: bytes) -> Tokens:
     frame = decode_frame(data, kinds=(KIND,), most=_MOST_BYTES)
     try:
         head, levels, indices = frame.header, frame.arrays["levels"], frame.arrays["indices"]
+        if indices.dtype != np.uint16:
+            raise ValueError("its indices")
         tokens = Tokens(levels.T, head["scale"], indices.astype(np.int32), head["total"], head["model"])
         return check_tokens(tokens)
     except (KeyError, ValueError, TypeError) as error:
