@@ -166,4 +166,4 @@ def line_of(root: Path, **changes: Any) -> Line:
     """Save the fitted station and return its line; ``changes`` are sections of the settings."""
     fitted().save(root / "station")
     settings = Settings.model_validate({"edge": {"threads": 1}, **changes})
-    return Line(root / "station", PRODUCT, root / "line", settings)
+    return Line(root / "station", PRODUCT, settings)

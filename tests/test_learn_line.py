@@ -150,7 +150,7 @@ def test_without_compression_the_update_is_larger_and_teaches_the_same(tmp_path)
 
 
 def test_a_damaged_round_is_named_in_one_line(tmp_path, line, client):
-    line.home.mkdir()
+    line.home.mkdir(parents=True)
     (line.home / ROUND).write_text("{half")
     with pytest.raises(Exception, match=r"the round is damaged.*round\.json"):
         one_round(line, client, [])

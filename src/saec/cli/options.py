@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from saec.edge.hot import HotStation
     from saec.edge.station import Station
     from saec.evaluate.probe import Swaps
-    from saec.types import CloudClient, Explainer, Part
+    from saec.types import CloudClient, Explainer, Part, Tokeniser
 
 StationOption = Annotated[
     Path, typer.Option("--station", "-s", metavar="DIR", help="Station made by saec fit.", show_default=False)
@@ -163,12 +163,25 @@ def open_cloud(choice: str | None, settings: Settings, station: Path) -> Iterato
 
 def _with_uplink(client: CloudClient, settings: Settings) -> CloudClient:
     """Return the client, with tokens in the images' place where ``cloud.uplink`` says so."""
-    if settings.cloud.uplink != "tokens":
+    tokeniser = open_tokeniser(settings)
+    if tokeniser is None:
         return client
     from saec.cloud.tokens import TokenClient
+
+    return TokenClient(client, tokeniser)
+
+
+def open_tokeniser(settings: Settings) -> Tokeniser | None:
+    """Load what makes tokens where ``cloud.uplink`` says that tokens go up; else none.
+
+    Raises:
+        BadInput: its model is not pulled or cannot be used.
+    """
+    if settings.cloud.uplink != "tokens":
+        return None
     from saec.vlm.tokens.tower import TowerTokeniser
 
-    return TokenClient(client, TowerTokeniser.load(settings))
+    return TowerTokeniser.load(settings)
 
 
 @contextmanager

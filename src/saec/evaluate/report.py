@@ -47,19 +47,12 @@ def render(runs: Sequence[RunFolder], *, sweep: Sequence[SweepPoint] | None = No
     """Return the page as text. The same runs and images give the same bytes."""
     run = next((r for r in runs if r.manifest.get("mode") == "cascade"), runs[0])
     s, script = run.summary, _asset("report.js")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("saec.evaluate"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     scores, scores_left_out = charts.score_charts(run)
     columns, rows = view.comparison(runs)
-    return environment.get_template("report.html.j2").render(
-        css=Markup(_asset("report.css")),  # noqa: S704 - our own files, not input
-        js=Markup(script),  # noqa: S704
+    return page(
+        "report.html.j2",
+        js=Markup(script),  # noqa: S704 - our own file, not input
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
         run=run,
         runs=runs,
         headline=words.headline(s),
@@ -83,6 +76,18 @@ def render(runs: Sequence[RunFolder], *, sweep: Sequence[SweepPoint] | None = No
         facts=_facts(run),
         terms=words.TERMS,
     )
+
+
+def page(template: str, **values: object) -> str:
+    """Return one of our templates, filled in and with the style sheet inside; a value that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("saec.evaluate"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    css = Markup(_asset("report.css"))  # noqa: S704 - our own file, not input
+    return environment.get_template(template).render(css=css, version=__version__, **values)
 
 
 def _asset(name: str) -> str:

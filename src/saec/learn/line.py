@@ -1,6 +1,6 @@
 """The line's side of a round of learning: samples up, opinions and an update down, applied where the probe set agrees.
 
-All that a round has begun lies in a folder of the line's, so that a killed one goes on where it was: the frames in the
+All that a round has begun lies in the station's folder, so that a killed one goes on where it was: the frames in the
 outbox, the request in ``round.json``, what came of it in ``opinions.jsonl``, the probe set's images in ``probe/``.
 Where the cloud sends opinions alone, because it has seen tokens or crops only or has no copy of this station, the line
 teaches itself from its own images, through the same update, slots and probe set.
@@ -23,7 +23,7 @@ from saec.config import Settings
 from saec.data.decode import UnreadableImage, read_with_hash
 from saec.data.hashing import sha256_json
 from saec.data.manifest import write_atomic
-from saec.edge.station import Station
+from saec.edge.station import Station, folder_name
 from saec.errors import BadInput
 from saec.fleet.frame import encode_frame
 from saec.fleet.outbox import Outbox
@@ -48,16 +48,23 @@ DEADLINE_S = 3600.0
 Step = Callable[[str, int, int], None]
 """``(step, done, total)``."""
 
+SampleOf = Callable[[Verdict, Label | None], Sample | None]
+"""Reads a verdict's image and makes the sample, with a person's label if there is one; ``None``: the image is gone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One product of a station on a line. ``station`` is its folder, with its slots; ``home`` a folder for the round at
-    hand. Samples go up as ``settings.cloud.uplink`` says; ``settings.learn`` says the rest."""
+    """One product of a station on a line. ``station`` is its folder, with its slots. Samples go up as
+    ``settings.cloud.uplink`` says; ``settings.learn`` says the rest."""
 
     station: Path
     product: str
-    home: Path
     settings: Settings
+
+    @property
+    def home(self) -> Path:
+        """Where rounds lie: in the station's folder, with which they go when another is fitted in its place."""
+        return self.station / "learn" / folder_name(self.product)
 
     @property
     def key(self) -> bytes | None:
@@ -85,7 +92,7 @@ def learn(
     line: Line,
     verdicts: Sequence[Verdict],
     client: LearnClient,
-    sample_of: Callable[[Verdict, Label | None], Sample],
+    sample_of: SampleOf,
     *,
     labels: Mapping[str, Label] | None = None,
     uncertain: bool = True,
@@ -99,7 +106,7 @@ def learn(
         line: who learns.
         verdicts: of the parts since the last round.
         client: of the cloud service.
-        sample_of: makes a verdict's sample, with the human label if there is one; it reads the image.
+        sample_of: makes the samples.
         labels: people's, by content hash.
         uncertain: see :func:`saec.learn.samples.choose`.
         without: see :func:`saec.learn.teaching.teach`.
@@ -162,7 +169,7 @@ def _new_round(
     line: Line,
     verdicts: Sequence[Verdict],
     outbox: Outbox,
-    sample_of: Callable[[Verdict, Label | None], Sample],
+    sample_of: SampleOf,
     labels: Mapping[str, Label],
     *,
     uncertain: bool,
@@ -174,16 +181,18 @@ def _new_round(
     of_product = [verdict for verdict in verdicts if verdict.product == line.product]
     most = line.settings.learn.samples
     chosen = choose(of_product, most=most, known=known, labelled=labels.keys(), uncertain=uncertain, seed=seed)
-    if not chosen:
-        return None
     samples: dict[str, dict[str, str]] = {}
     for verdict in chosen:
         sample = sample_of(verdict, labels.get(verdict.sha256))
+        if sample is None:
+            continue
         name = outbox.put(encode_frame(encode_sample(sample, line.settings.cloud)))
         samples[name] = {"sha256": verdict.sha256, "path": verdict.path}
         if for_probe(verdict.sha256):
             (line.home / PROBE).mkdir(exist_ok=True)
             shutil.copyfile(verdict.path, line.home / PROBE / verdict.sha256)
+    if not samples:
+        return None
     pointer = Slots(line.station).pointer
     folder = Slots(line.station).current()
     request = Request(

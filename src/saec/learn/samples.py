@@ -21,8 +21,8 @@ from saec.config import CloudSettings
 from saec.data.decode import UnreadableImage, decode_image
 from saec.errors import first_problem
 from saec.fleet.frame import BadFrame, Frame
-from saec.types import Box, Heatmap, Image, Label, Query, Tokens, Verdict
-from saec.vlm.tokens.codec import check_tokens
+from saec.types import Box, Heatmap, Label, Query, Verdict
+from saec.vlm.tokens.codec import pack_tokens, unpack_tokens
 
 SAMPLE = "sample"
 
@@ -103,8 +103,6 @@ class _Header(BaseModel):
     scene: float | None = None
     label: Label = Field(strict=False)
     human: Label | None = Field(None, strict=False)
-    tokens: tuple[str, int, float] | None = Field(None, strict=False)
-    """Model, number of the tokens that these were chosen from, and the scale of their levels."""
 
 
 def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
@@ -125,11 +123,10 @@ def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
         scene=sample.scene,
         label=sample.label,
         human=sample.human,
-        tokens=None if query.tokens is None else (query.tokens.model_id, query.tokens.total, query.tokens.scale),
     )
     arrays: dict[str, NDArray[Any]] = {}
     if query.tokens is not None:
-        arrays |= {"levels": query.tokens.levels, "indices": query.tokens.indices}
+        arrays["tokens"] = np.frombuffer(pack_tokens(query.tokens), dtype=np.uint8)
     elif query.image is not None:
         jpeg = encode_jpeg(shrink(query.image, settings.max_side), settings.jpeg_quality)
         arrays["image"] = np.frombuffer(jpeg, dtype=np.uint8)
@@ -146,8 +143,10 @@ def decode_sample(frame: Frame, *, max_pixels: int) -> Sample:
     """
     try:
         head = _Header.model_validate(frame.header)
-        tokens = None if head.tokens is None else _tokens(frame, *head.tokens)
-        image = None if tokens is not None else _image(frame, head.part_id, max_pixels)
+        tokens = unpack_tokens(_bytes(frame, "tokens")) if "tokens" in frame.arrays else None
+        image = None
+        if tokens is None:
+            image = decode_image(_bytes(frame, "image"), name=head.part_id, max_pixels=max_pixels)
         cells = frame.arrays.get("map")
         query = Query(
             part_id=head.part_id,
@@ -162,7 +161,7 @@ def decode_sample(frame: Frame, *, max_pixels: int) -> Sample:
         )
     except ValidationError as error:
         raise BadFrame(f"not a sample: {first_problem(error)}") from None
-    except (KeyError, ValueError, UnreadableImage) as error:
+    except (BadFrame, KeyError, ValueError, UnreadableImage) as error:
         raise BadFrame(f"not a sample: {error}") from None
     return Sample(query, head.sha256, head.score, head.scene, head.label, head.human)
 
@@ -190,12 +189,8 @@ def background(heatmap: Heatmap) -> float:
     return float(np.median(heatmap))
 
 
-def _image(frame: Frame, name: str, max_pixels: int) -> Image:
-    data = frame.arrays["image"]
+def _bytes(frame: Frame, name: str) -> bytes:
+    data = frame.arrays[name]
     if data.dtype != np.uint8 or data.ndim != 1:
-        raise ValueError("its image is no bytes")
-    return decode_image(data.tobytes(), name=name, max_pixels=max_pixels)
-
-
-def _tokens(frame: Frame, model_id: str, total: int, scale: float) -> Tokens:
-    return check_tokens(Tokens(frame.arrays["levels"], scale, frame.arrays["indices"], total, model_id))
+        raise ValueError(f"its {name} is no bytes")
+    return data.tobytes()

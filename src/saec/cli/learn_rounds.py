@@ -1,0 +1,277 @@
+"""``saec learn rounds``: what learning is worth on a stream of real parts that changes, part by part."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saec.cli.cloud import RUNTIMES, Kind
+from saec.cli.options import (
+    ConfigOption,
+    SetOption,
+    UplinkOption,
+    dataset_of,
+    open_cloud,
+    open_tokeniser,
+    patient,
+    settings_of,
+)
+from saec.errors import BadInput
+
+if TYPE_CHECKING:
+    from saec.config import Settings
+    from saec.data.dataset import Dataset
+    from saec.evaluate.learning import RealWorld
+    from saec.learn.rounds import Arm
+    from saec.learn.stream import Stream
+    from saec.types import Part
+
+SEED = 2025
+ROUNDS, REPORT = "rounds.json", "report.html"
+
+
+class Drift(StrEnum):
+    """What may change about a stream beside its product."""
+
+    LIGHTING = "lighting"
+
+
+class Master(StrEnum):
+    """Who teaches."""
+
+    MODEL = "model"
+    LABELS = "labels"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was asked for; part of the result."""
+
+    data: str
+    first: str
+    then: str | None
+    drift: str | None
+    product: str
+    backend: str
+    teacher: str
+    uplink: str
+    rounds: int
+    parts: int
+    link_mbit: float
+    seed: int = SEED
+
+
+def rounds(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Labelled parts of two products, such as saec data elpv makes.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder; an interrupted run goes on.", show_default=False)
+    ],
+    first: Annotated[str, typer.Option(metavar="PRODUCT", help="What the station is fitted to.", show_default=False)],
+    then: Annotated[
+        str | None, typer.Option(metavar="PRODUCT", help="What comes after it.", show_default=False)
+    ] = None,
+    drift: Annotated[Drift | None, typer.Option(help="Or what happens to it.", show_default=False)] = None,
+    rounds_: Annotated[int, typer.Option("--rounds", help="Rounds.")] = 5,
+    parts: Annotated[int, typer.Option(help="Parts in a round, fewer where there are not enough.")] = 100,
+    arms: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Only these, such as: adapted,no adaptation.", show_default=False),
+    ] = None,
+    backend: Annotated[Kind, typer.Option(help="The cloud's model, see saec cloud serve.")] = Kind.ONNX,
+    teacher: Annotated[
+        Master, typer.Option(help="The cloud's model teaches, or people do: the data set's labels.")
+    ] = Master.MODEL,
+    uplink: UplinkOption = None,
+    link_mbit: Annotated[
+        float, typer.Option(min=0.001, help="Link in Mbit/s, for the seconds that bytes take.")
+    ] = 10.0,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Let a station learn over rounds of a stream that changes, with the cloud as a process of its own; and without.
+
+    The station is fitted to the train and calibration parts of the first product. The stream has parts that neither it
+    nor the cloud's model has seen; from round to round more of them are of the other product, or in an older light, all
+    under one name. After each round every arm is measured on parts of the last round's kind that are in no round.
+    """
+    from saec.cli.console import print_tables, say, say_path
+    from saec.evaluate.report_learn import rounds_table, write_learn_report
+    from saec.evaluate.run_record import environment
+    from saec.evaluate.summary import write_atomically
+    from saec.learn.rounds import run_rounds
+    from saec.learn.stream import relight
+
+    if (then is None) == (drift is None):
+        raise BadInput("what changes?", fix="pass --then PRODUCT or --drift lighting")
+    begun = time.monotonic()
+    settings = patient(settings_of(config, set_, cloud__uplink=uplink), "mllm")
+    dials = [*(["--config", str(config)] if config else []), *(f"--set={item}" for item in set_ or ())]
+    plan = Plan(
+        *(data.resolve().name, first, then, drift, first, backend, teacher, settings.cloud.uplink),
+        *(rounds_, parts, link_mbit),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    _same_plan(plan, out)
+    dataset = dataset_of(data, settings)
+    chosen = _arms(arms)
+    station = _fitted(out, dataset, settings, plan, dials)
+    stream = _stream(dataset, station, settings, plan)
+    if drift is not None:
+        stream = relight(stream, out / "relit")
+    sizes = ", ".join(str(len(each)) for each in stream.rounds)
+    say(f"Stream: {sizes} parts; held out {len(stream.held_out)} of the last kind, {len(stream.before)} of the first.")
+    if teacher is Master.LABELS:
+        _write_labels(out / "cloud" / "teacher", stream)
+    command = ["--backend", backend, "--station", str(station), "--learn", str(out / "cloud"), *dials]
+    with _service(command, out / "cloud.log") as url, _world(url, settings, plan.product) as world:
+        found = run_rounds(stream, station, out, world, arms=chosen, tell=_teller())
+    tree = {"plan": asdict(plan), **found, "environment": environment()}
+    write_atomically(out / ROUNDS, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    write_learn_report(tree, out / REPORT)
+    print_tables(rounds_table(tree))
+    say(f"Done in {time.monotonic() - begun:.0f} s.")
+    say_path("Report:", out / REPORT)
+
+
+def _same_plan(plan: Plan, out: Path) -> None:
+    """Refuse to go on with rounds that were begun otherwise."""
+    file, text = out / "plan.json", json.dumps(asdict(plan), indent=1)
+    if not file.is_file():
+        file.write_text(text, encoding="utf-8")
+    elif json.loads(file.read_text(encoding="utf-8")) != json.loads(text):
+        raise BadInput("these rounds were begun with other options", where=file, fix="pass the same, or another --out")
+
+
+def _arms(names: str | None) -> list[Arm]:
+    from saec.learn.rounds import ARMS
+
+    if names is None:
+        return list(ARMS)
+    known = {arm.name: arm for arm in ARMS}
+    wanted = [name.strip() for name in names.split(",")]
+    if stranger := next((name for name in wanted if name not in known), None):
+        raise BadInput("no such arm", where=stranger, fix=f"of {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
+def _fitted(out: Path, dataset: Dataset, settings: Settings, plan: Plan, dials: Sequence[str]) -> Path:
+    """Return the station fitted to the first product, calibrated with what the cloud says of its parts."""
+    from saec.cli.console import say, steps
+    from saec.cli.fit import fit_into, stepper
+    from saec.data.dataset import make_dataset
+
+    folder = out / "station"
+    if folder.is_dir():
+        return folder
+    parts = [part for part in dataset.select(product=plan.first) if part.split in ("train", "calibration", None)]
+    if not parts:
+        raise BadInput("no parts to fit to", where=plan.first, fix=f"it has {', '.join(dataset.products)}")
+    begun = time.monotonic()
+    first = make_dataset(dataset.name, dataset.root, parts)
+    expert = plan.backend == Kind.EXPERT
+    with steps() as progress:
+        step = stepper(progress)
+        if expert:
+            fit_into(folder, first, settings, expert=True, cloud=None, progress=step)
+        else:
+            with _service(["--backend", plan.backend, *dials], out / "fit.log") as url:
+                fit_into(folder, first, settings, expert=False, cloud=url, progress=step)
+    say(f"Station: fitted to {plan.first} in {time.monotonic() - begun:.0f} s.")
+    return folder
+
+
+def _stream(dataset: Dataset, station: Path, settings: Settings, plan: Plan) -> Stream:
+    """Return the stream, of parts that nobody has learnt from."""
+    from saec.data.verify import refuse_overlap
+    from saec.edge.station import read_manifest
+    from saec.learn.stream import build_stream
+
+    manifest = read_manifest(station)
+    known = {*manifest.train_sha256, *manifest.calibration_sha256}
+    if plan.backend in RUNTIMES:
+        known |= _learnt(settings)
+
+    def labelled(product: str) -> list[Part]:
+        return [part for part in dataset.select(product=product) if part.label is not None]
+
+    then = labelled(plan.then) if plan.then else []
+    if plan.then and not then:
+        raise BadInput("no labelled parts", where=plan.then, fix=f"it has {', '.join(dataset.products)}")
+    stream = build_stream(
+        labelled(plan.first),
+        then,
+        rounds=plan.rounds,
+        parts=plan.parts,
+        known=known,
+        product=plan.product,
+        seed=plan.seed,
+    )
+    for parts in (*stream.rounds, stream.held_out, stream.before):
+        refuse_overlap(known, parts, what="fitting the station or training the cloud's model")
+    return stream
+
+
+def _learnt(settings: Settings) -> frozenset[str]:
+    """Return the hashes of the images that the cloud's model was trained on, as far as it says."""
+    from saec.data.verify import content_hashes
+    from saec.vlm.trained import TRAINED_ON, as_trained
+
+    adapter = as_trained(settings.mllm).adapter
+    folders = () if adapter is None else (adapter, adapter.resolve().parent)
+    return content_hashes(folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file())
+
+
+def _write_labels(folder: Path, stream: Stream) -> None:
+    """Put the data set's labels where the cloud looks for people's."""
+    from saec.learn.teacher import LABELS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LABELS).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("part", "label"))
+        writer.writerows((part.part_id, part.label) for parts in stream.rounds for part in parts)
+
+
+@contextmanager
+def _service(command: Sequence[str], log: Path) -> Iterator[str]:
+    from saec.cli.service import service_process
+
+    with service_process(["cloud", "serve", "--port", "0", *command], log) as url:
+        yield url
+
+
+def _teller() -> Any:
+    """Return what says in one line what is done now, as long as there is a terminal; else nothing."""
+    from saec.cli.console import console
+
+    error = console(stderr=True)
+    return lambda what: error.print(what, style="dim")
+
+
+@contextmanager
+def _world(url: str, settings: Settings, product: str) -> Iterator[RealWorld]:
+    """Yield the world whose cloud is the service at ``url``."""
+    from saec.cloud.learning import LearnClient
+    from saec.evaluate.learning import Looks, RealWorld, Remembering
+
+    tokeniser = open_tokeniser(settings)
+    learner = LearnClient(url, settings.cloud)
+    with open_cloud(url, settings, Path()) as client:
+        if client is None:
+            raise BadInput("the cloud is off", where=url)
+        looks = Looks(threads=settings.edge.threads)
+        try:
+            yield RealWorld(settings, product, Remembering(client), learner, tokeniser, looks)
+        finally:
+            learner.close()

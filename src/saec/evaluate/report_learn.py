@@ -1,0 +1,187 @@
+"""The page about rounds of learning: what it is worth, what each part of it is, and what it costs in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from saec.evaluate import report_learn_charts as charts
+from saec.evaluate.report import flatten, page
+from saec.evaluate.report_learn_charts import Tree, bytes_of, edge_of
+from saec.evaluate.report_view import Card
+from saec.evaluate.report_words import counted, number, percent, size
+from saec.evaluate.summary import write_atomically
+from saec.evaluate.table import Cell, Table
+from saec.learn.rounds import ADAPTED, UNADAPTED
+
+
+def write_learn_report(tree: Tree, out: Path, *, uplink: Tree | None = None) -> None:
+    """Write the page about ``rounds.json``, whole or not at all.
+
+    ``uplink`` is what ``saec bench uplink --json`` saved: its curve of accuracy against bytes is drawn as well.
+
+    Raises:
+        BadInput: the page cannot be written.
+    """
+    write_atomically(out, render_learn(tree, uplink=uplink))
+
+
+def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
+    """Return the page as text. The same figures give the same bytes."""
+    plan, arms = tree["plan"], tree["arms"]
+    main = arms[0]
+    change = plan["then"] or plan["drift"]
+    arm_columns, arm_rows = _arm_rows(tree)
+    round_columns, round_rows = _round_rows(tree, main)
+    drawn = (charts.worth(tree), charts.parts_off(tree), charts.escalation(tree), charts.traffic(main))
+    return page(
+        "report_learn.html.j2",
+        name=f"{plan['first']} → {change}",
+        headline=headline(tree),
+        lead=_lead(tree, change),
+        cards=_cards(tree),
+        attention=_attention(tree),
+        charts=[chart for chart in (*drawn, charts.curve(uplink)) if chart is not None],
+        arm_columns=arm_columns,
+        arm_rows=arm_rows,
+        arm_note=f"Bytes of all rounds; seconds on a link of {plan['link_mbit']:g} Mbit/s. First product: the "
+        "edge alone on parts of the time before the change.",
+        main=main["name"],
+        round_columns=round_columns,
+        round_rows=round_rows,
+        round_note="Stream: on the round's own parts, before it learnt from them. Probe: parts of earlier and of this "
+        "round that are never taught; an update that is worse there is dropped.",
+        alarms=list(_alarms(arms)),
+        facts=[("Plan", flatten(plan)), ("Machine", flatten(tree["environment"]))],
+    )
+
+
+def rounds_table(tree: Tree) -> Table:
+    """Return one row for each arm, for a terminal."""
+    columns, rows = _arm_rows(tree)
+    named: list[Mapping[str, Cell]] = [
+        {"arm": name, **dict(zip(columns, cells, strict=True))} for name, _, cells in rows
+    ]
+    note = "round: accuracy of the edge alone on parts of the last kind that are in no round, after that round"
+    return Table("Learning", ("arm", *columns), named, (note,))
+
+
+def headline(tree: Tree) -> str:
+    """Return the outcome in one sentence."""
+    arms = {arm["name"]: arm["rounds"][-1] for arm in tree["arms"]}
+    name, last = next(iter(arms.items()))
+    rounds = len(tree["arms"][0]["rounds"])
+    text = f"After {rounds} rounds the {name} edge is right in {percent(edge_of(last))} of the cases"
+    if UNADAPTED in arms and name != UNADAPTED:
+        text += f", without adaptation in {percent(edge_of(arms[UNADAPTED]))}"
+    alone = last.get("cloud_alone")
+    return text + ("." if alone is None else f"; the cloud alone in {percent(alone)}.")
+
+
+def _lead(tree: Tree, change: str) -> str:
+    plan, start = tree["plan"], tree["start"]
+    who = (
+        "People label its samples"
+        if plan["teacher"] == "labels"
+        else f"The cloud's model ({plan['backend']}) teaches it"
+    )
+    return (
+        f"A station fitted to {plan['first']} meets {change} under the same name. {who}; of a part the "
+        f"{plan['uplink']} goes up. Measured on {start['held_out']['n']} parts that are in no round, and that neither "
+        "the station nor the cloud's model has learnt from."
+    )
+
+
+def _cards(tree: Tree) -> list[Card]:
+    arms = {arm["name"]: arm["rounds"] for arm in tree["arms"]}
+    main = tree["arms"][0]["rounds"]
+    learnt = [record["learnt"] for record in main if "learnt" in record]
+    gain = None if UNADAPTED not in arms else edge_of(main[-1]) - edge_of(arms[UNADAPTED][-1])
+    shares = [record["stream"]["escalated"] for record in main]
+    versions = sum((each["applied"] or {}).get("kept", False) for each in learnt)
+    return [
+        Card(
+            "Edge alone, adapted",
+            percent(edge_of(main[-1])),
+            f"as fitted {percent(edge_of(tree['start']))}; with the cloud {percent(main[-1]['held_out']['final'])}",
+        ),
+        Card(
+            "Gain over no adaptation",
+            "–" if gain is None else f"{100 * gain:+.1f} points",
+            f"first product {percent(main[-1]['before']['edge'])}, was {percent(tree['start']['before']['edge'])}",
+        ),
+        Card(
+            "To the cloud, last round",
+            percent(shares[-1], 0),
+            "round by round " + ", ".join(percent(share, 0) for share in shares),
+        ),
+        Card(
+            "Learning, up and down",
+            size(sum(each["bytes_up"] + each["bytes_down"] for each in learnt)),
+            f"{counted(sum(each['samples'] for each in learnt), 'sample')}, {counted(versions, 'update')}",
+        ),
+    ]
+
+
+def _attention(tree: Tree) -> list[str]:
+    n = tree["start"]["held_out"]["n"]
+    found = [
+        f"{arm['name']}, round {at + 1}: {record['stream']['fallbacks']} questions came to nothing."
+        for arm in tree["arms"]
+        for at, record in enumerate(arm["rounds"])
+        if record["stream"]["fallbacks"]
+    ]
+    dropped = [
+        f"{arm['name']}, round {at + 1}: worse on the probe set, so the update was dropped."
+        for arm in tree["arms"]
+        for at, record in enumerate(arm["rounds"])
+        if (applied := record.get("learnt", {}).get("applied")) and not applied["kept"]
+    ]
+    half = 98 * (0.9 * 0.1 / n) ** 0.5 * 2
+    chance = f"{n} parts: arms less than about {half:.0f} points apart may differ by chance; one stream, one order."
+    return [chance, *found, *dropped]
+
+
+def _arm_rows(tree: Tree) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    link, rows = tree["plan"]["link_mbit"], []
+    for arm in tree["arms"]:
+        records = arm["rounds"]
+        last = records[-1]
+        up, learnt_up, down = (sum(each) for each in zip(*map(bytes_of, records), strict=True))
+        seconds = 8 * (up + learnt_up + down) / 1e6 / link
+        cells = [percent(edge_of(record)) for record in records]
+        cells += [percent(last["held_out"]["final"]), percent(last.get("cloud_alone")), percent(last["before"]["edge"])]
+        cells += [
+            percent(last["stream"]["escalated"], 0),
+            size(up),
+            size(learnt_up),
+            size(down),
+            number(seconds, "s", 1),
+        ]
+        rows.append((arm["name"], arm["what"], cells))
+    names = [f"round {at + 1}" for at in range(len(tree["arms"][0]["rounds"]))]
+    names += ["cascade", "cloud alone", "first product", "to cloud", "asked", "learnt up", "down", "on the link"]
+    return names, rows
+
+
+def _round_rows(tree: Tree, arm: Tree) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    rows = []
+    for at, record in enumerate(arm["rounds"]):
+        learnt, stream = record.get("learnt") or {}, record["stream"]
+        applied = learnt.get("applied") or {}
+        up, learnt_up, down = bytes_of(record)
+        cells = [percent(stream["edge"]), percent(stream["final"]), percent(stream["escalated"], 0)]
+        cells += [str(stream["reasons"].get("audit", 0)), str(learnt.get("samples", "–"))]
+        cells += [percent(learnt.get("teacher_right")), percent(applied.get("before")), percent(applied.get("after"))]
+        cells += [percent(edge_of(record)), percent(record["held_out"]["final"]), percent(record.get("cloud_alone"))]
+        rows.append((str(at + 1), [*cells, size(up), size(learnt_up), size(down)]))
+    names = ["stream, edge", "cascade", "to cloud", "audits", "samples", "teacher right", "probe before", "after"]
+    return [*names, "edge after", "cascade", "cloud alone", "asked", "learnt up", "down"], rows
+
+
+def _alarms(arms: Sequence[Tree]) -> Iterator[tuple[str, str]]:
+    for arm in arms:
+        if arm["name"] in (ADAPTED, UNADAPTED):
+            for at, record in enumerate(arm["rounds"]):
+                for alarm in record["alarms"]:
+                    yield f"{arm['name']}, round {at + 1}", f"{alarm['statement']} (from part {alarm['since']} on)"

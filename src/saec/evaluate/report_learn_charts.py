@@ -1,0 +1,136 @@
+"""Charts of the page about rounds of learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saec.evaluate.report_svg import Axis, Bars, Chart, Dot, Line, draw
+from saec.evaluate.report_words import percent, size
+from saec.learn.rounds import ADAPTED, UNADAPTED
+
+Tree = Mapping[str, Any]
+"""``rounds.json``, or a part of it."""
+
+PSEUDO = "pseudo-labels only"
+PARTS_OFF = (ADAPTED, "random samples", "bank off", "head off")
+"""What is drawn together: a chart tells four lines apart."""
+
+
+def edge_of(record: Tree) -> float:
+    """Return the accuracy of the edge alone on the parts held out."""
+    found: float = record["held_out"]["edge"]
+    return found
+
+
+def bytes_of(record: Tree) -> tuple[int, int, int]:
+    """Return the bytes of a round: questions up, learning up, learning down."""
+    learnt = record.get("learnt") or {}
+    return record["stream"]["uplink_bytes"], learnt.get("bytes_up", 0), learnt.get("bytes_down", 0)
+
+
+def _rounds_axis(rounds: int) -> Axis:
+    return Axis("Round", 0, rounds, tuple(range(rounds + 1)))
+
+
+def _accuracy_axis(values: Sequence[float]) -> Axis:
+    low, high = min(values), max(values)
+    middle, half = (low + high) / 2, max((high - low) / 2, 0.02)
+    return Axis.nice("Accuracy", max(0.0, middle - half), min(1.0, middle + half), lambda value: percent(value, 0))
+
+
+def _line(tree: Tree, name: str, style: int) -> Line | None:
+    records = next((arm["rounds"] for arm in tree["arms"] if arm["name"] == name), None)
+    if records is None:
+        return None
+    values = [edge_of(tree["start"]), *map(edge_of, records)]
+    return Line(name, list(enumerate(values)), style)
+
+
+def _accuracies(tree: Tree, title: str, names: Sequence[str], extra: Sequence[Line] = ()) -> Chart | None:
+    lines = [line for at, name in enumerate(names) if (line := _line(tree, name, at)) is not None]
+    if len(lines) + len(extra) < 2:
+        return None
+    lines += extra
+    values = [value for line in lines for _, value in line.points]
+    said = "; ".join(f"{line.name} {percent(line.points[-1][1])}" for line in lines)
+    rounds = len(tree["arms"][0]["rounds"])
+    return draw(title, _rounds_axis(rounds), _accuracy_axis(values), lines=lines, alt=f"At the end: {said}.")
+
+
+def worth(tree: Tree) -> Chart | None:
+    """Accuracy by round: all of it, nothing of it, and the teacher's labels alone."""
+    main = tree["arms"][0]["rounds"]
+    alone = [(at + 1, record["cloud_alone"]) for at, record in enumerate(main) if "cloud_alone" in record]
+    points = [(0.0, tree["start"]["cloud_alone"]), *alone] if alone else []
+    extra = [Line("cloud alone, with the adapted edge's maps", points, 3)] if points else []
+    return _accuracies(tree, "Accuracy of the edge alone", (ADAPTED, UNADAPTED, PSEUDO), extra)
+
+
+def parts_off(tree: Tree) -> Chart | None:
+    """Accuracy by round, each part switched off."""
+    return _accuracies(tree, "With a part of it switched off", PARTS_OFF)
+
+
+def escalation(tree: Tree) -> Chart:
+    """Share of each round's parts that the cloud was asked about."""
+    lines = []
+    for style, name in enumerate((ADAPTED, UNADAPTED, PSEUDO)):
+        records = next((arm["rounds"] for arm in tree["arms"] if arm["name"] == name), None)
+        if records is not None:
+            lines.append(Line(name, [(at + 1, r["stream"]["escalated"]) for at, r in enumerate(records)], style))
+    rounds = len(tree["arms"][0]["rounds"])
+    top = max(value for line in lines for _, value in line.points) if lines else 0.0
+    return draw(
+        "Put to the cloud, audits included",
+        Axis("Round", 1, rounds, tuple(range(1, rounds + 1))),
+        Axis.nice("Share of the round's parts", 0, max(top, 0.1), lambda value: percent(value, 0)),
+        lines=lines,
+        alt="; ".join(f"{line.name}: {', '.join(percent(v, 0) for _, v in line.points)}" for line in lines) + ".",
+    )
+
+
+def traffic(arm: Tree) -> Chart:
+    """Megabytes of each round, by what they were."""
+    found = [bytes_of(record) for record in arm["rounds"]]
+    names = ("questions, up", "samples, up", "update, down")
+    bars = []
+    for style, name in enumerate(names):
+        edges, heights = [], []
+        for at, each in enumerate(found):
+            left = at + 0.6 + 0.27 * style
+            edges += [left, left + 0.27]
+            heights += [each[style] / 1e6, 0.0]
+        bars.append(Bars(name, [*edges, edges[-1]], heights, style))
+    rounds = len(found)
+    return draw(
+        "Megabytes in each round",
+        Axis("Round", 0.5, rounds + 0.5, tuple(range(1, rounds + 1))),
+        Axis.nice("MB", 0, max(max(each) for each in found) / 1e6 or 1.0),
+        bars=bars,
+        alt="; ".join(f"round {at + 1}: {', '.join(map(size, each))}" for at, each in enumerate(found)) + ".",
+    )
+
+
+def curve(uplink: Tree | None) -> Chart | None:
+    """Draw a benchmark's accuracy against bytes: images, crops and tokens."""
+    rows = [] if uplink is None else [row for table in uplink["tables"] for row in table["rows"] if row.get("bytes")]
+    dots = [
+        Dot(row["bytes"] / 1e3, row["fused accuracy"], style=_kind(str(row["what goes up"])))
+        for row in rows
+        if row.get("fused accuracy") is not None
+    ]
+    if not dots:
+        return None
+    return draw(
+        "Accuracy against bytes of a question",
+        Axis.nice("kB", 0, max(dot.x for dot in dots)),
+        _accuracy_axis([dot.y for dot in dots]),
+        dots=dots,
+        alt=f"{len(dots)} ways to ask.",
+        note="Fused with the edge. Blue: image, orange: crop, green: tokens.",
+    )
+
+
+def _kind(name: str) -> int:
+    return 0 if name.startswith("image") else 1 if name.startswith("crop") else 2
