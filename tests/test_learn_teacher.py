@@ -15,7 +15,7 @@ from saec.errors import BadInput
 from saec.fleet.frame import Frame
 from saec.learn.line import learn
 from saec.learn.rulings import Ruling, append_rulings, open_rulings, read_labels
-from saec.learn.samples import encode_sample
+from saec.learn.samples import decode_sample, encode_sample
 from saec.learn.teacher import LABELS, OPINIONS, Teacher
 from saec.learn.teaching import lessons_of
 from saec.types import Label
@@ -63,10 +63,18 @@ def test_maps_are_shown_relative_to_the_samples_own_background(tmp_path):
     for number, heat in enumerate((1.0, 2.5)):
         judge = Asked()
         some = frames(tmp_path, 5, heat=heat)
-        run(Teacher(tmp_path / str(number), SETTINGS), some, judge, background=0.5)
+        run(Teacher(tmp_path / str(number), SETTINGS), some, judge, background=(0.5, 0.6))
         shown.append(np.stack([query.anomaly_map for query in judge.queries]))
     np.testing.assert_allclose(shown[0], shown[1], rtol=0.04)  # both maps are quantised
     assert np.median(np.median(shown[0], axis=(1, 2))) == pytest.approx(0.5, rel=0.01)
+
+
+def test_maps_as_hot_as_good_parts_can_be_stay_as_they_are(tmp_path):
+    some, judge = frames(tmp_path, 5, heat=1.0), Asked()
+    run(Teacher(tmp_path / "home", SETTINGS), some, judge, background=(0.5, 1.2))
+    sent = [decode_sample(frame, max_pixels=10**6).query.anomaly_map for frame in some.values()]
+    for query, heatmap in zip(judge.queries, sent, strict=True):
+        np.testing.assert_array_equal(query.anomaly_map, heatmap)
 
 
 def test_the_model_is_not_told_what_the_edge_thinks(tmp_path):

@@ -9,7 +9,6 @@ teaches itself from its own images, through the same update, slots and probe set
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,29 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from saec.calibrate.drift import DriftWatch
 from saec.cloud.learning import LearnClient
 from saec.config import Settings
-from saec.data.decode import UnreadableImage, read_with_hash
 from saec.data.hashing import sha256_json
 from saec.data.manifest import write_atomic
-from saec.edge.station import Station, folder_name
+from saec.edge.station import ProductModel, Station, folder_name
 from saec.errors import BadInput
 from saec.fleet.frame import encode_frame
 from saec.fleet.outbox import Outbox
 from saec.fleet.slots import Slots
 from saec.learn.apply import Applied, apply_update
+from saec.learn.probe import keep_for_probe, own_image, probe_of, probe_set, tidy_probe_set
 from saec.learn.rulings import Ruling, append_rulings, open_rulings, parse_rulings
-from saec.learn.samples import Sample, choose, encode_sample, for_probe
+from saec.learn.samples import Sample, choose, encode_sample
 from saec.learn.state import station_state
 from saec.learn.teacher import OPINIONS, Request
-from saec.learn.teaching import Without, counts, lessons_of, teach
+from saec.learn.teaching import Without, lessons_of, teach
 from saec.learn.update import Refused
 from saec.types import Image, Label, Verdict
 
-ROUND, OUTBOX, PROBE = "round.json", "outbox.sqlite", "probe"
-
-PROBES = 100
-"""Parts of the probe set at most, the latest ones."""
+ROUND, OUTBOX = "round.json", "outbox.sqlite"
 
 DEADLINE_S = 3600.0
 """Longest wait for the cloud, in each step."""
@@ -188,20 +185,19 @@ def _new_round(
             continue
         name = outbox.put(encode_frame(encode_sample(sample, line.settings.cloud)))
         samples[name] = {"sha256": verdict.sha256, "path": verdict.path}
-        if for_probe(verdict.sha256):
-            (line.home / PROBE).mkdir(exist_ok=True)
-            shutil.copyfile(verdict.path, line.home / PROBE / verdict.sha256)
+        keep_for_probe(line.home, verdict)
     if not samples:
         return None
     pointer = Slots(line.station).pointer
     folder = Slots(line.station).current()
+    model = Station.load(folder, settings=line.settings).model(line.product)
     request = Request(
         product=line.product,
         frames=tuple(samples),
         state=station_state(folder, line.product).sha256 if line.settings.cloud.uplink == "image" else None,
         version=pointer.highest + 1,
         previous=pointer.current.version,
-        background=usual_background(folder, line.product, line.settings),
+        background=usual_background(model) if _has_drifted(model, of_product) else None,
         learn=line.settings.learn,
         without=tuple(sorted(without)),
     ).model_dump(mode="json")
@@ -210,14 +206,28 @@ def _new_round(
     return round_
 
 
-def usual_background(folder: Path, product: str, settings: Settings) -> float | None:
+def usual_background(model: ProductModel) -> float | None:
     """Return the median cell of good parts' maps at the calibration, in the map's own units; ``None`` without maps."""
-    model = Station.load(folder, settings=settings).model(product)
     if model.replay is None:
         return None
     levels = model.replay.background[~model.replay.is_defect]
     found = float(np.nanmedian(levels)) / model.heat_threshold if np.isfinite(levels).any() else 0.0
     return found or None
+
+
+def _has_drifted(model: ProductModel, verdicts: Sequence[Verdict]) -> bool:
+    """Return whether the scores, and with them the maps, have left the calibration.
+
+    Only then are maps shown in units of the samples' own background: samples are mostly uncertain parts, whose maps are
+    hotter than those of good parts without any drift, and cooled they would hide their defects.
+    """
+    reference = model.calibration.drift
+    if reference is None:
+        return False
+    watch = DriftWatch(reference, model.calibration.thresholds)
+    for verdict in verdicts:
+        watch.saw(verdict)
+    return not watch.raised.keys().isdisjoint(("score", "rejects"))
 
 
 def _update_of(
@@ -237,7 +247,7 @@ def _update_of(
     request, samples = round_["request"], round_["samples"]
 
     def image_of(ruling: Ruling) -> Image | None:
-        return _read(Path(samples[ruling.frame]["path"]), ruling.sha256, line.settings)
+        return own_image(Path(samples[ruling.frame]["path"]), ruling.sha256, line.settings)
 
     lessons = lessons_of(rulings, image_of, line.settings.learn)
     if not lessons:
@@ -265,61 +275,21 @@ def _apply(line: Line, round_: Mapping[str, Any], data: bytes, rulings: Sequence
         note: Mapping[str, Any] = notes[-1] if notes else {}
         kept = note.get("what") == "applied"
         return Applied(version, slots.current(), note.get("before"), note.get("after"), kept=kept)
-    probes = probe_set(line, rulings)
+    probes = probe_set(line.home, rulings, line.settings)
     settings = line.settings.learn
     return apply_update(
         line.station,
         data,
         key=line.key,
         most=settings.max_frame_bytes,
-        probe=probe_of(line, probes) if probes else None,
+        probe=probe_of(line.home, line.product, probes, line.settings) if probes else None,
         # One part more or less is chance, however few there are.
         tolerance=max(settings.probe_loss, 1 / max(1, len(probes))),
     )
-
-
-def probe_set(line: Line, rulings: Sequence[Ruling] = ()) -> list[Ruling]:
-    """Return the probe set's rulings, people's and sure ones, the latest of each part, the oldest parts first."""
-    every = [*open_rulings(line.home / OPINIONS), *rulings]
-    latest = {
-        each.sha256: each
-        for each in every
-        if for_probe(each.sha256) and counts(each, line.settings.learn) and (line.home / PROBE / each.sha256).is_file()
-    }
-    return list(latest.values())[-PROBES:]
-
-
-def probe_of(line: Line, probes: Sequence[Ruling]) -> Callable[[Path], float]:
-    """Return what measures a station's folder: its accuracy on the probe set."""
-
-    def accuracy(folder: Path) -> float:
-        station = Station.load(folder, settings=line.settings)
-        tau = station.calibration(line.product).thresholds.tau_edge
-        right = []
-        for ruling in probes:
-            image = _read(line.home / PROBE / ruling.sha256, ruling.sha256, line.settings)
-            if image is not None:
-                called = station.predict(image, line.product).p_defect >= tau
-                right.append(called == (ruling.label is Label.DEFECT))
-        return float(np.mean(right)) if right else 1.0
-
-    return accuracy
 
 
 def _close_round(line: Line, rulings: Sequence[Ruling]) -> None:
     append_rulings(line.home / OPINIONS, rulings)
     (line.home / "update").unlink(missing_ok=True)
     (line.home / ROUND).unlink()
-    kept = {each.sha256 for each in probe_set(line)}
-    for file in (line.home / PROBE).glob("*"):
-        if file.name not in kept:
-            file.unlink()
-
-
-def _read(path: Path, sha256: str, settings: Settings) -> Image | None:
-    """Return the image whose file has this hash; ``None`` where it is gone or has become another."""
-    try:
-        found, image = read_with_hash(path, max_pixels=settings.data.max_pixels)
-    except UnreadableImage:
-        return None
-    return image if found == sha256 else None
+    tidy_probe_set(line.home, line.settings)
