@@ -186,6 +186,18 @@ def test_a_cloud_that_cannot_keep_up_is_an_alarm(more, kind):
     assert kinds(watch) == {kind}
 
 
+def test_a_run_that_asks_the_cloud_about_everything_is_no_alarm():
+    watch = DriftWatch(LABELLED.drift, LABELLED.thresholds)
+    for score, scene, label in scores(np.random.default_rng(15), 20, 80):
+        asked = replace(verdict(score, scene, LABELLED), escalated_for=Reason.CLOUD_ONLY, where=Where.CLOUD)
+        watch.saw(replace(asked, cloud_p_defect=float(label is Label.DEFECT)))
+    assert not watch.raised
+
+
+def test_a_handful_of_good_parts_is_nothing_to_compare_with():
+    assert calibrated(defects=0, goods=9).drift is None
+
+
 def test_unreadable_parts_are_not_seen():
     watch = DriftWatch(LABELLED.drift, LABELLED.thresholds)
     for _ in range(100):

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from saec.calibrate import escalation
 from saec.calibrate._numeric import Floats, vector
 from saec.calibrate.conformal import overkill_threshold
-from saec.calibrate.drift import Reference
+from saec.calibrate.drift import MIN_CLASS, Reference
 from saec.calibrate.escape import clopper_pearson_upper, escape_threshold
 from saec.calibrate.fusion import FINAL_TAU, Fusion, fit_fusion, fit_tau_cloud
 from saec.calibrate.guarantee import Guarantee, NotEnoughData
@@ -58,7 +58,8 @@ class Calibration:
 
     ``method`` says what placed the edge's threshold: ``good-only`` (conformal) or ``labelled`` (Platt).
     ``escalation_expected`` is the share of the calibration parts that the rule escalates. ``data_sha256`` names the
-    calibration parts. ``drift`` is what the line is watched against; ``None`` in stations of older versions.
+    calibration parts. ``drift`` is what the line is watched against; ``None`` with few good parts and
+    in stations of older versions.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -248,7 +249,9 @@ def _plan(
     return escalation.from_gain(base, scene, p, share, gain)
 
 
-def _reference(parts: _Parts, score: ScoreCalibration, thresholds: Thresholds) -> Reference:
+def _reference(parts: _Parts, score: ScoreCalibration, thresholds: Thresholds) -> Reference | None:
+    if parts.good.size < MIN_CLASS:
+        return None
     cloud, truth = parts.cloud_p, parts.truth
     label = truth if cloud is None else cloud >= thresholds.tau_cloud
     scene = np.concatenate([parts.good_scene, parts.defect_scene])
