@@ -11,10 +11,10 @@ from edge_parts import SETTINGS, defects, good_parts
 from learn_parts import DeskClient, accuracy, fitted, judged, line_of, new_parts, sampler
 from saec.edge.station import Station
 from saec.fleet.slots import Slots
-from saec.learn.line import ROUND, learn, probe_set
-from saec.learn.rulings import open_rulings
+from saec.learn.line import ROUND, learn
+from saec.learn.probe import probe_set
+from saec.learn.rulings import OPINIONS, open_rulings
 from saec.learn.samples import for_probe
-from saec.learn.teacher import OPINIONS
 from saec.types import CloudError, Evidence, Label, Opinion
 
 
@@ -53,7 +53,7 @@ def test_a_round_on_a_new_product_makes_the_edge_better_there(tmp_path, line, cl
 def test_nothing_of_the_probe_set_is_taught(tmp_path, line, client):
     one_round(line, client, new_parts(tmp_path / "parts", 18))
     learnt = set(current(line).model("plate").replay.hashes)
-    probes = {ruling.sha256 for ruling in probe_set(line)}
+    probes = {ruling.sha256 for ruling in probe_set(line.home, (), line.settings)}
     assert probes
     assert not probes & learnt
     assert all(map(for_probe, probes))

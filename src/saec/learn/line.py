@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from saec.calibrate.drift import DriftWatch
 from saec.cloud.learning import LearnClient
 from saec.config import Settings
 from saec.data.hashing import sha256_json
@@ -29,10 +28,10 @@ from saec.fleet.outbox import Outbox
 from saec.fleet.slots import Slots
 from saec.learn.apply import Applied, apply_update
 from saec.learn.probe import keep_for_probe, own_image, probe_of, probe_set, tidy_probe_set
-from saec.learn.rulings import Ruling, append_rulings, open_rulings, parse_rulings
+from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, parse_rulings
 from saec.learn.samples import Sample, choose, encode_sample
 from saec.learn.state import station_state
-from saec.learn.teacher import OPINIONS, Request
+from saec.learn.teacher import Request
 from saec.learn.teaching import Without, lessons_of, teach
 from saec.learn.update import Refused
 from saec.types import Image, Label, Verdict
@@ -197,7 +196,7 @@ def _new_round(
         state=station_state(folder, line.product).sha256 if line.settings.cloud.uplink == "image" else None,
         version=pointer.highest + 1,
         previous=pointer.current.version,
-        background=usual_background(model) if _has_drifted(model, of_product) else None,
+        background=usual_background(model),
         learn=line.settings.learn,
         without=tuple(sorted(without)),
     ).model_dump(mode="json")
@@ -206,28 +205,14 @@ def _new_round(
     return round_
 
 
-def usual_background(model: ProductModel) -> float | None:
-    """Return the median cell of good parts' maps at the calibration, in the map's own units; ``None`` without maps."""
+def usual_background(model: ProductModel) -> tuple[float, float] | None:
+    """Return the median cell of good parts' maps, in the map's own units: usually, and at most (19 of 20 parts have
+    less); ``None`` without maps."""
     if model.replay is None:
         return None
-    levels = model.replay.background[~model.replay.is_defect]
-    found = float(np.nanmedian(levels)) / model.heat_threshold if np.isfinite(levels).any() else 0.0
-    return found or None
-
-
-def _has_drifted(model: ProductModel, verdicts: Sequence[Verdict]) -> bool:
-    """Return whether the scores, and with them the maps, have left the calibration.
-
-    Only then are maps shown in units of the samples' own background: samples are mostly uncertain parts, whose maps are
-    hotter than those of good parts without any drift, and cooled they would hide their defects.
-    """
-    reference = model.calibration.drift
-    if reference is None:
-        return False
-    watch = DriftWatch(reference, model.calibration.thresholds)
-    for verdict in verdicts:
-        watch.saw(verdict)
-    return not watch.raised.keys().isdisjoint(("score", "rejects"))
+    levels = model.replay.background[~model.replay.is_defect] / model.heat_threshold
+    levels = levels[np.isfinite(levels) & (levels > 0)]
+    return (float(np.median(levels)), float(np.quantile(levels, 0.95))) if len(levels) else None
 
 
 def _update_of(

@@ -16,6 +16,9 @@ from saec.data.manifest import write_atomic
 from saec.errors import BadInput, first_problem
 from saec.types import Label
 
+OPINIONS = "opinions.jsonl"
+"""Name of the file in which either side keeps its rulings."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ruling:

@@ -26,7 +26,7 @@ from saec.edge.station import read_manifest
 from saec.errors import BadInput, first_problem
 from saec.fleet.frame import Frame
 from saec.fleet.slots import current_folder
-from saec.learn.rulings import Ruling, append_rulings, open_rulings, read_labels
+from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, read_labels
 from saec.learn.samples import Sample, background, decode_sample
 from saec.learn.state import State, station_state, write_station
 from saec.learn.teaching import Without, lessons_of, teach
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-OPINIONS, STATIONS, LABELS = "opinions.jsonl", "stations", "labels.csv"
+STATIONS, LABELS = "stations", "labels.csv"
 _AT_ONCE = 8
 _COPIES = 16
 """States of stations that are kept; the oldest go."""

@@ -1,0 +1,79 @@
+"""The probe set: parts of the line's own that are never taught, on which an update has to prove itself.
+
+It lies in the folder of the line's rounds: the images as they were, and what was said about them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saec.config import Settings
+from saec.data.decode import UnreadableImage, read_with_hash
+from saec.edge.station import Station
+from saec.learn.rulings import OPINIONS, Ruling, open_rulings
+from saec.learn.samples import for_probe
+from saec.learn.teaching import counts
+from saec.types import Image, Label, Verdict
+
+PROBE = "probe"
+
+MOST = 100
+"""Parts of the probe set, the latest ones."""
+
+
+def keep_for_probe(home: Path, verdict: Verdict) -> None:
+    """Keep the image of a sample where it is one for the probe set."""
+    if for_probe(verdict.sha256):
+        (home / PROBE).mkdir(exist_ok=True)
+        shutil.copyfile(verdict.path, home / PROBE / verdict.sha256)
+
+
+def probe_set(home: Path, rulings: Sequence[Ruling], settings: Settings) -> list[Ruling]:
+    """Return the rulings on the probe set, people's and sure ones: those kept so far, and of ``rulings``.
+
+    Each part counts once, with the latest ruling.
+    """
+    latest = {
+        each.sha256: each
+        for each in (*open_rulings(home / OPINIONS), *rulings)
+        if for_probe(each.sha256) and counts(each, settings.learn) and (home / PROBE / each.sha256).is_file()
+    }
+    return list(latest.values())[-MOST:]
+
+
+def probe_of(home: Path, product: str, probes: Sequence[Ruling], settings: Settings) -> Callable[[Path], float]:
+    """Return what measures a station's folder: its accuracy on the probe set."""
+
+    def accuracy(folder: Path) -> float:
+        station = Station.load(folder, settings=settings)
+        tau = station.calibration(product).thresholds.tau_edge
+        right = []
+        for ruling in probes:
+            image = own_image(home / PROBE / ruling.sha256, ruling.sha256, settings)
+            if image is not None:
+                called = station.predict(image, product).p_defect >= tau
+                right.append(called == (ruling.label is Label.DEFECT))
+        return float(np.mean(right)) if right else 1.0
+
+    return accuracy
+
+
+def tidy_probe_set(home: Path, settings: Settings) -> None:
+    """Remove the images that are not of the probe set any more, or never came to be."""
+    kept = {each.sha256 for each in probe_set(home, (), settings)}
+    for file in (home / PROBE).glob("*"):
+        if file.name not in kept:
+            file.unlink()
+
+
+def own_image(path: Path, sha256: str, settings: Settings) -> Image | None:
+    """Return the image whose file has this hash; ``None`` where it is gone or has become another."""
+    try:
+        found, image = read_with_hash(path, max_pixels=settings.data.max_pixels)
+    except UnreadableImage:
+        return None
+    return image if found == sha256 else None
