@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from saec.evaluate.learning import RealWorld
     from saec.learn.rounds import Arm
     from saec.learn.stream import Stream
-    from saec.types import Part
 
 SEED = 2025
 ROUNDS, REPORT = "rounds.json", "report.html"
@@ -96,6 +95,12 @@ def rounds(
     link_mbit: Annotated[
         float, typer.Option(min=0.001, help="Link in Mbit/s, for the seconds that bytes take.")
     ] = 10.0,
+    bytes_: Annotated[
+        Path | None,
+        typer.Option(
+            "--bytes", metavar="FILE", help="Draw what saec bench uplink --json saved here, too.", show_default=False
+        ),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -106,11 +111,13 @@ def rounds(
     under one name. After each round every arm is measured on parts of the last round's kind that are in no round.
     """
     from saec.cli.console import print_tables, say, say_path
+    from saec.evaluate.learning import unseen_stream
     from saec.evaluate.report_learn import rounds_table, write_learn_report
     from saec.evaluate.run_record import environment
     from saec.evaluate.summary import write_atomically
     from saec.learn.rounds import run_rounds
     from saec.learn.stream import relight
+    from saec.vlm.trained import as_trained, read_record
 
     if (then is None) == (drift is None):
         raise BadInput("what changes?", fix="pass --then PRODUCT or --drift lighting")
@@ -126,7 +133,17 @@ def rounds(
     dataset = dataset_of(data, settings)
     chosen = _arms(arms)
     station = _fitted(out, dataset, settings, plan, dials)
-    stream = _stream(dataset, station, settings, plan)
+    stream = unseen_stream(
+        dataset,
+        station,
+        mllm=as_trained(settings.mllm) if backend in RUNTIMES else None,
+        first=first,
+        then=then,
+        product=plan.product,
+        rounds=rounds_,
+        parts=parts,
+        seed=SEED,
+    )
     if drift is not None:
         stream = relight(stream, out / "relit")
     sizes = ", ".join(str(len(each)) for each in stream.rounds)
@@ -138,7 +155,7 @@ def rounds(
         found = run_rounds(stream, station, out, world, arms=chosen, tell=_teller())
     tree = {"plan": asdict(plan), **found, "environment": environment()}
     write_atomically(out / ROUNDS, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    write_learn_report(tree, out / REPORT)
+    write_learn_report(tree, out / REPORT, uplink=None if bytes_ is None else read_record(bytes_))
     print_tables(rounds_table(tree))
     say(f"Done in {time.monotonic() - begun:.0f} s.")
     say_path("Report:", out / REPORT)
@@ -189,47 +206,6 @@ def _fitted(out: Path, dataset: Dataset, settings: Settings, plan: Plan, dials: 
                 fit_into(folder, first, settings, expert=False, cloud=url, progress=step)
     say(f"Station: fitted to {plan.first} in {time.monotonic() - begun:.0f} s.")
     return folder
-
-
-def _stream(dataset: Dataset, station: Path, settings: Settings, plan: Plan) -> Stream:
-    """Return the stream, of parts that nobody has learnt from."""
-    from saec.data.verify import refuse_overlap
-    from saec.edge.station import read_manifest
-    from saec.learn.stream import build_stream
-
-    manifest = read_manifest(station)
-    known = {*manifest.train_sha256, *manifest.calibration_sha256}
-    if plan.backend in RUNTIMES:
-        known |= _learnt(settings)
-
-    def labelled(product: str) -> list[Part]:
-        return [part for part in dataset.select(product=product) if part.label is not None]
-
-    then = labelled(plan.then) if plan.then else []
-    if plan.then and not then:
-        raise BadInput("no labelled parts", where=plan.then, fix=f"it has {', '.join(dataset.products)}")
-    stream = build_stream(
-        labelled(plan.first),
-        then,
-        rounds=plan.rounds,
-        parts=plan.parts,
-        known=known,
-        product=plan.product,
-        seed=plan.seed,
-    )
-    for parts in (*stream.rounds, stream.held_out, stream.before):
-        refuse_overlap(known, parts, what="fitting the station or training the cloud's model")
-    return stream
-
-
-def _learnt(settings: Settings) -> frozenset[str]:
-    """Return the hashes of the images that the cloud's model was trained on, as far as it says."""
-    from saec.data.verify import content_hashes
-    from saec.vlm.trained import TRAINED_ON, as_trained
-
-    adapter = as_trained(settings.mllm).adapter
-    folders = () if adapter is None else (adapter, adapter.resolve().parent)
-    return content_hashes(folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file())
 
 
 def _write_labels(folder: Path, stream: Stream) -> None:

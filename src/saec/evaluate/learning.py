@@ -12,21 +12,76 @@ from saec.calibrate.drift import DriftWatch
 from saec.calibrate.policy import Mode
 from saec.cloud.learning import LearnClient
 from saec.cloud.tokens import tokenised
-from saec.config import Settings
+from saec.config import MllmSettings, Settings
+from saec.data.dataset import Dataset
 from saec.data.decode import UnreadableImage, read_with_hash
+from saec.data.verify import content_hashes, refuse_overlap
 from saec.edge.backbone import Backbone, Features
 from saec.edge.detector import MemoryDetector
-from saec.edge.station import ProductModel, Station
+from saec.edge.station import ProductModel, Station, read_manifest
+from saec.errors import BadInput
 from saec.evaluate.arms import arm_settings
 from saec.evaluate.runner import recorded, run_parts
 from saec.learn.line import Learnt, Line, SampleOf, learn
 from saec.learn.rounds import Arm, Inspected
 from saec.learn.samples import Sample
+from saec.learn.stream import Stream, build_stream
 from saec.route.query import build_query
 from saec.types import CloudClient, Image, Label, Opinion, Part, Query, Tokeniser, Verdict
+from saec.vlm.trained import TRAINED_ON
 
 AUDIT_SHARE = 0.05
 """Share of sure parts that rounds audit where the settings ask for no audits: without them drift teaches nothing."""
+
+
+def unseen_stream(
+    dataset: Dataset,
+    station: Path,
+    *,
+    mllm: MllmSettings | None,
+    first: str,
+    then: str | None,
+    product: str,
+    rounds: int,
+    parts: int,
+    seed: int,
+) -> Stream:
+    """Return the stream of :func:`saec.learn.stream.build_stream`, of parts that nobody has learnt from.
+
+    Args:
+        dataset: with both products.
+        station: whose training and calibration parts are left out.
+        mllm: the cloud's model, with its adapter, whose training images are left out; ``None`` for others.
+        first, then: products of the data set.
+        product, rounds, parts, seed: see there.
+
+    Raises:
+        BadInput: a product without labelled parts, or too few that nobody has learnt from.
+    """
+    manifest = read_manifest(station)
+    known = {*manifest.train_sha256, *manifest.calibration_sha256}
+    if mllm is not None and mllm.adapter is not None:
+        folders = (mllm.adapter, mllm.adapter.resolve().parent)
+        known |= content_hashes(folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file())
+
+    def labelled(name: str) -> list[Part]:
+        found = [part for part in dataset.select(product=name) if part.label is not None]
+        if not found:
+            raise BadInput("no labelled parts", where=name, fix=f"it has {', '.join(dataset.products)}")
+        return found
+
+    stream = build_stream(
+        labelled(first),
+        labelled(then) if then is not None else (),
+        rounds=rounds,
+        parts=parts,
+        known=known,
+        product=product,
+        seed=seed,
+    )
+    for some in (*stream.rounds, stream.held_out, stream.before):
+        refuse_overlap(known, some, what="fitting the station or training the cloud's model")
+    return stream
 
 
 def sampler(station: Station, settings: Settings, tokeniser: Tokeniser | None = None) -> SampleOf:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from saec.errors import BadInput
 from saec.evaluate import report_learn_charts as charts
+from saec.evaluate.bench_uplink import curve
 from saec.evaluate.report import flatten, page
 from saec.evaluate.report_learn_charts import Tree, bytes_of, edge_of
+from saec.evaluate.report_svg import Chart
 from saec.evaluate.report_view import Card
 from saec.evaluate.report_words import counted, number, percent, size
 from saec.evaluate.summary import write_atomically
@@ -41,7 +44,7 @@ def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
         lead=_lead(tree, change),
         cards=_cards(tree),
         attention=_attention(tree),
-        charts=[chart for chart in (*drawn, charts.curve(uplink)) if chart is not None],
+        charts=[chart for chart in (*drawn, _curve(uplink)) if chart is not None],
         arm_columns=arm_columns,
         arm_rows=arm_rows,
         arm_note=f"Bytes of all rounds; seconds on a link of {plan['link_mbit']:g} Mbit/s. First product: the "
@@ -54,6 +57,20 @@ def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
         alarms=list(_alarms(arms)),
         facts=[("Plan", flatten(plan)), ("Machine", flatten(tree["environment"]))],
     )
+
+
+def _curve(uplink: Tree | None) -> Chart | None:
+    """Return the benchmark's curve of accuracy against bytes.
+
+    Raises:
+        BadInput: not what it saves.
+    """
+    if uplink is None:
+        return None
+    try:
+        return curve(Table(**uplink["tables"][0]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadInput(f"not the tables of saec bench uplink ({error})") from None
 
 
 def rounds_table(tree: Tree) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saec.evaluate.report_svg import Axis, Bars, Chart, Dot, Line, draw
+from saec.evaluate.report_svg import Axis, Bars, Chart, Line, draw
 from saec.evaluate.report_words import percent, size
 from saec.learn.rounds import ADAPTED, UNADAPTED
 
@@ -110,27 +110,3 @@ def traffic(arm: Tree) -> Chart:
         bars=bars,
         alt="; ".join(f"round {at + 1}: {', '.join(map(size, each))}" for at, each in enumerate(found)) + ".",
     )
-
-
-def curve(uplink: Tree | None) -> Chart | None:
-    """Draw a benchmark's accuracy against bytes: images, crops and tokens."""
-    rows = [] if uplink is None else [row for table in uplink["tables"] for row in table["rows"] if row.get("bytes")]
-    dots = [
-        Dot(row["bytes"] / 1e3, row["fused accuracy"], style=_kind(str(row["what goes up"])))
-        for row in rows
-        if row.get("fused accuracy") is not None
-    ]
-    if not dots:
-        return None
-    return draw(
-        "Accuracy against bytes of a question",
-        Axis.nice("kB", 0, max(dot.x for dot in dots)),
-        _accuracy_axis([dot.y for dot in dots]),
-        dots=dots,
-        alt=f"{len(dots)} ways to ask.",
-        note="Fused with the edge. Blue: image, orange: crop, green: tokens.",
-    )
-
-
-def _kind(name: str) -> int:
-    return 0 if name.startswith("image") else 1 if name.startswith("crop") else 2
