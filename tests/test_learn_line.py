@@ -93,6 +93,18 @@ def test_no_part_goes_up_twice(tmp_path, line, client):
     assert one_round(line, client, new_parts(tmp_path / "more", 5, first=40)).samples == 5
 
 
+def test_a_person_may_correct_what_the_model_has_said_once(tmp_path, line, client):
+    parts = new_parts(tmp_path / "parts", 9)
+    one_round(line, client, parts)
+    verdicts = judged(current(line), parts)
+    wrong = next(verdict.sha256 for verdict in verdicts if not for_probe(verdict.sha256))
+    for samples in (1, 0):
+        found = learn(line, verdicts, client, sampler(current(line)), labels={wrong: Label.GOOD})
+        assert found.samples == samples
+    replay = current(line).model("plate").replay
+    assert replay.p_defect[replay.hashes.index(wrong)] == 0
+
+
 def test_an_update_that_is_worse_on_the_probe_set_is_not_applied(tmp_path, line, client):
     parts = [*good_parts(tmp_path, 20, first=300), *defects(tmp_path, 20, first=300)]
     verdicts = judged(current(line), parts)

@@ -173,7 +173,9 @@ def _new_round(
     seed: int,
 ) -> dict[str, Any] | None:
     """Choose samples and put them into the outbox; return the round once it is on the disk, ``None`` without any."""
-    known = {ruling.sha256 for ruling in open_rulings(line.home / OPINIONS)}
+    # What a model has ruled on goes up once more when a person says what it is.
+    rulings = open_rulings(line.home / OPINIONS)
+    known = {ruling.sha256 for ruling in rulings if ruling.who == "human" or ruling.sha256 not in labels}
     of_product = [verdict for verdict in verdicts if verdict.product == line.product]
     most = line.settings.learn.samples
     chosen = choose(of_product, most=most, known=known, labelled=labels.keys(), uncertain=uncertain, seed=seed)
