@@ -257,10 +257,10 @@ class DistillSettings(Section):
     weight_features: float = Field(1.0, ge=0, description="Weight of distillation on the query adapters' features.")
     weight_language: float = Field(1.0, ge=0, description="Weight of distillation on the language adapters' features.")
     weight_logits: float = Field(0.0, ge=0, description="Weight of KL(teacher || student) on the answer's logits.")
-    epochs: int = Field(3, ge=1, description="Passes over the samples.")
+    epochs: int = Field(2, ge=1, description="Passes over the samples.")
     batch_size: int = Field(8, ge=1, description="Samples in one step of the optimizer.")
-    lr: float = Field(1e-4, gt=0, description="Learning rate of the LoRA weights.")
-    projector_lr: float = Field(1e-4, gt=0, description="Learning rate of the projector and of the width projections.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate of the LoRA weights.")
+    projector_lr: float = Field(5e-4, gt=0, description="Learning rate of the projector and of the width projections.")
     seed: int = Field(2025, ge=0, description="Seed of order, flips, and width projections.")
 
 
