@@ -173,6 +173,7 @@ def rows(count: int, first: int = 0) -> Replay:
 def test_joined_replays_keep_their_groups_apart_and_their_order():
     both = rows(3).joined(rows(2, first=10))
     assert both.group.tolist() == [0, 1, 2, 3, 4]
+    assert both.lesson.tolist() == [0] * 5
     assert both.hashes == [f"{n:064x}" for n in (0, 1, 2, 10, 11)]
 
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from edge_parts import SETTINGS, blotted, dataset, defects, good_parts, plate
+from saec.calibrate.score import ScoreCalibration
 from saec.edge.classifier import OnnxClassifier
 from saec.edge.fit import fit_station
+from saec.edge.replay import Replay
 from saec.edge.station import ProductModel, station_files
 from saec.errors import BadInput
-from saec.learn.detector import Lesson, Taught, teach_product
-from saec.types import Image, Label
+from saec.learn.detector import Taught, _fitted_head, teach_product
+from saec.learn.growth import Lesson
+from saec.types import Image, Label, Observation
 
 PLATE = "plate"
 GOOD, BAD = Label.GOOD, Label.DEFECT
@@ -117,6 +120,33 @@ def test_a_second_round_builds_on_the_first(taught):
     again = teach_product(taught.model, new_kind(6, 10, first=3000), SETTINGS)
     assert len(again.model.replay) == len(taught.model.replay) + 16
     assert again.figures["accuracy_lessons_after"] >= 0.75
+
+
+def test_an_old_kind_whose_defects_nobody_labelled_is_not_forgotten_either(tmp_path):
+    plain = fit_station(dataset(tmp_path, good_parts(tmp_path, 24)), SETTINGS).model(PLATE)
+    taught = teach_product(plain, new_kind(24, 24), SETTINGS).model
+    again = teach_product(taught, new_kind(6, 6, first=3000), SETTINGS).model
+    good, bad = [plate(6000 + n) for n in range(8)], [blotted(6000 + n) for n in range(8)]
+    for later in (taught, again):
+        assert sum(called(later, good)) <= sum(called(plain, good)) + 1
+        assert sum(called(later, bad)) >= sum(called(plain, bad)) - 1
+    assert sum(called(taught, held_out()[1])) - sum(called(taught, held_out()[0])) >= 6
+
+
+def test_on_a_kind_that_the_head_has_only_seen_good_the_bank_decides():
+    rng = np.random.default_rng(0)
+    kind, bad = np.repeat([0, 1, 1], [100, 60, 40]), np.repeat([0, 0, 1], [100, 60, 40])
+    x = rng.normal(size=(200, 30))
+    x[:, 0] += 6 * kind  # the kinds look different
+    x[:, 1] += 4 * bad  # and defects of the new one do
+    seen = [Observation(score) for score in rng.normal(10 + bad, 1)]
+    hashes, flat = [f"{n:064x}" for n in range(200)], [0.0] * 200
+    replay = Replay.of(hashes, list(x), seen, flat, bad.tolist(), flat, list(range(200)))
+    head, scores = _fitted_head(replace(replay, lesson=kind.astype(np.uint8)), SETTINGS)
+    cut = ScoreCalibration.from_labelled(scores[bad == 0], scores[bad == 1]).location
+    assert np.mean((scores >= cut) == bad) > 0.95
+    assert np.mean([head.score(16.0, row) > cut for row in x[:100]]) > 0.9  # six spreads off: no lesson may excuse it
+    assert np.mean([head.score(10.0, row) > cut for row in x[:100]]) < 0.05
 
 
 # -- the same lessons, the same model

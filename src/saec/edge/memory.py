@@ -91,12 +91,12 @@ def fit_memory(
     return Memory(mean, projection, bank, _weights(bank))
 
 
-def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed: int) -> Memory:
+def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed: int, scale: float = 1.0) -> Memory:
     """Add patches of further good parts to a bank; whitening and the weights of its rows stay as they are.
 
     The patches are drawn at random: k-centre would take the odd ones first, and those are what a mislabelled defect
-    brings. The weights of the new rows are in the units of the old. Where the bank is full, random rows beyond the
-    first :data:`BANK_SIZE`, which fitting filled, give way.
+    brings. The weights of the new rows are in the units of the old, times ``scale``. Where the bank is full, random
+    rows beyond the first :data:`BANK_SIZE`, which fitting filled, give way.
 
     Args:
         memory: is not changed.
@@ -104,6 +104,7 @@ def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed
         rows: added at most.
         most: rows of the whole bank at most; one that has more already keeps them.
         seed: of the draws.
+        scale: below 1 where the new kind varies more than the old, so that one threshold serves both.
     """
     rng = np.random.default_rng(seed)
     size = len(memory.bank)
@@ -119,7 +120,7 @@ def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed
     fresh = np.concatenate([places, np.arange(size, size + added)])
     some = rng.permutation(size)[:_BLOCK]
     unit = np.median(memory.weight[some] / _raw_weights(memory.bank, some))
-    weight[fresh] = unit * _raw_weights(bank, fresh)
+    weight[fresh] = scale * unit * _raw_weights(bank, fresh)
     return Memory(memory.mean, memory.projection, bank, weight)
 
 

@@ -38,6 +38,7 @@ class Replay:
         p_defect: [n] float64 label: 0 good, 1 defect, between where a teacher was not sure.
         p_cloud: [n] float64 the cloud's P(defect), NaN where it was not asked.
         group: [n] int64 numbers near-duplicates alike.
+        lesson: [n] uint8, 1 for a part that came after the fit.
     """
 
     sha256: NDArray[np.uint8]
@@ -50,6 +51,7 @@ class Replay:
     p_defect: Doubles
     p_cloud: Doubles
     group: NDArray[np.int64]
+    lesson: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -74,6 +76,8 @@ class Replay:
         p_defect: Sequence[float],
         p_cloud: Sequence[float],
         group: Sequence[int],
+        *,
+        lesson: bool = False,
     ) -> Self:
         """Make the rows of n parts; ``seen`` are a bank's observations."""
         bank = np.array([one.score for one in seen], dtype=np.float64)
@@ -89,6 +93,7 @@ class Replay:
             p_defect=np.array(p_defect, dtype=np.float64),
             p_cloud=np.array(p_cloud, dtype=np.float64),
             group=np.array(group, dtype=np.int64),
+            lesson=np.full(len(hashes), lesson, dtype=np.uint8),
         )
 
     def rows(self, chosen: NDArray[Any]) -> Self:

@@ -17,7 +17,8 @@ from saec.config import LearnSettings, Settings
 from saec.edge.fitters import Progress
 from saec.edge.station import ProductModel, Station, folder_name, station_files
 from saec.learn.delta import Delta, compress
-from saec.learn.detector import Lesson, teach_product
+from saec.learn.detector import teach_product
+from saec.learn.growth import Lesson
 from saec.learn.rulings import Ruling
 from saec.learn.samples import for_probe
 from saec.learn.state import State, state_of_files, station_state
@@ -41,7 +42,7 @@ def lessons_of(
             continue
         image = images(ruling)
         if image is not None:
-            lessons.append(Lesson(ruling.sha256, image, ruling.label, ruling.sure))
+            lessons.append(Lesson(ruling.sha256, image, ruling.label, ruling.sure, ruling.p_cloud))
     return lessons
 
 
