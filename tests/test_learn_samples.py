@@ -86,7 +86,7 @@ def sample(**changes: object) -> Sample:
         edge_p_defect=0.75,
         evidence=False,
     )
-    return Sample(replace(query, **changes), "a" * 64, 21.5, 0.4, Label.DEFECT, Label.GOOD)
+    return Sample(replace(query, **changes), "a" * 64, 21.5, 0.4, Label.DEFECT, Label.GOOD, 0.3)
 
 
 def there_and_back(one: Sample) -> Sample:
@@ -98,6 +98,7 @@ def test_a_sample_arrives_with_all_that_the_teacher_needs():
     one = sample(region=Box(10, 20, 90, 100))
     two = there_and_back(one)
     assert (two.sha256, two.score, two.scene, two.label, two.human) == ("a" * 64, 21.5, 0.4, "defect", "good")
+    assert two.p_cloud == 0.3
     assert two.query.region == one.query.region
     assert two.query.original_size == (160, 160)
     assert two.query.edge_p_defect == 0.75

@@ -118,6 +118,16 @@ def test_a_label_beside_the_sample_wins_over_the_model(tmp_path):
     assert not judge.queries
 
 
+def test_beside_a_persons_label_it_is_kept_what_the_cloud_had_said(tmp_path):
+    sample_of, (verdict,) = sampler(fitted()), judged(fitted(), new_parts(tmp_path / "parts", 1))
+    sample = replace(sample_of(verdict, Label.DEFECT), p_cloud=0.2)
+    result = run(Teacher(tmp_path / "home", SETTINGS), {"0" * 64: encode_sample(sample, SETTINGS.cloud)}, Asked())
+    (ruling,) = open_rulings(tmp_path / "home" / OPINIONS)
+    assert result["opinions"][0]["p_cloud"] == ruling.p_cloud == 0.2
+    (lesson,) = lessons_of([replace(ruling, sha256="1" * 64)], lambda _: np.zeros((8, 8, 3), np.uint8), LEARN)
+    assert (lesson.p_defect, lesson.p_cloud) == (1.0, 0.2)
+
+
 def test_a_request_that_breaks_the_contract_fails_in_one_line(tmp_path):
     with pytest.raises(BadInput, match="not a request to learn: frames"):
         run(Teacher(tmp_path / "home", SETTINGS), {"short": None}, Asked())

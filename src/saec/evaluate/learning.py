@@ -108,7 +108,8 @@ def sampler(station: Station, settings: Settings, tokeniser: Tokeniser | None = 
             uplink=settings.cloud.uplink,
         )
         query = replace(query if tokeniser is None else tokenised(query, tokeniser), evidence=False)
-        return Sample(query, sha256, result.score, verdict.scene_score, verdict.edge_label or verdict.label, human)
+        called = verdict.edge_label or verdict.label
+        return Sample(query, sha256, result.score, verdict.scene_score, called, human, verdict.cloud_p_defect)
 
     return sample_of
 

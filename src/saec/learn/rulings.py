@@ -37,6 +37,8 @@ class Ruling:
     """Name of the frame in which the sample came."""
     scale: float = 1.0
     """What the anomaly map was divided by before the model saw it."""
+    p_cloud: float | None = None
+    """Beside a person's label: what the cloud had said on the line, by which it is told how far to trust the cloud."""
 
     @property
     def label(self) -> Label:

@@ -38,7 +38,8 @@ _MOST_CELLS = 1 << 20
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One part for the teacher. ``query`` is the question that an escalation would ask, without references or
-    evidence; ``score`` is the edge's raw one, ``label`` what the edge called it, ``human`` what a person did."""
+    evidence; ``score`` is the edge's raw one, ``label`` what the edge called it, ``human`` what a person did;
+    ``p_cloud`` is the cloud's P(defect) where the part was escalated."""
 
     query: Query
     sha256: str
@@ -46,6 +47,7 @@ class Sample:
     scene: float | None
     label: Label
     human: Label | None = None
+    p_cloud: float | None = None
 
 
 def choose(
@@ -103,6 +105,7 @@ class _Header(BaseModel):
     scene: float | None = None
     label: Label = Field(strict=False)
     human: Label | None = Field(None, strict=False)
+    p_cloud: float | None = Field(None, ge=0, le=1)
 
 
 def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
@@ -123,6 +126,7 @@ def encode_sample(sample: Sample, settings: CloudSettings) -> Frame:
         scene=sample.scene,
         label=sample.label,
         human=sample.human,
+        p_cloud=sample.p_cloud,
     )
     arrays: dict[str, NDArray[Any]] = {}
     if query.tokens is not None:
@@ -163,7 +167,7 @@ def decode_sample(frame: Frame, *, max_pixels: int) -> Sample:
         raise BadFrame(f"not a sample: {first_problem(error)}") from None
     except (BadFrame, KeyError, ValueError, UnreadableImage) as error:
         raise BadFrame(f"not a sample: {error}") from None
-    return Sample(query, head.sha256, head.score, head.scene, head.label, head.human)
+    return Sample(query, head.sha256, head.score, head.scene, head.label, head.human, head.p_cloud)
 
 
 def pack_map(heatmap: Heatmap) -> NDArray[np.uint8]:

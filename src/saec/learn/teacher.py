@@ -181,7 +181,10 @@ def _key(ruling: Ruling) -> tuple[str, str, float]:
 
 def _human(name: str, sample: Sample, labels: Mapping[str, Label]) -> Ruling | None:
     label = labels.get(sample.sha256) or labels.get(sample.query.part_id) or sample.human
-    return None if label is None else _ruling(name, sample, float(label is Label.DEFECT), "", 1.0, human=True)
+    if label is None:
+        return None
+    p = float(label is Label.DEFECT)
+    return Ruling(sample.sha256, sample.query.part_id, p, "human", "", _now(), name, p_cloud=sample.p_cloud)
 
 
 def _scale(samples: Iterable[Sample], usual: tuple[float, float] | None) -> float:
@@ -202,6 +205,9 @@ def _shown(query: Query, scale: float) -> Query:
     return replace(query, anomaly_map=shown, edge_p_defect=None)
 
 
-def _ruling(name: str, sample: Sample, p: float, model_id: str, scale: float, *, human: bool = False) -> Ruling:
-    asked = datetime.now(UTC).isoformat(timespec="seconds")
-    return Ruling(sample.sha256, sample.query.part_id, p, "human" if human else "model", model_id, asked, name, scale)
+def _ruling(name: str, sample: Sample, p: float, model_id: str, scale: float) -> Ruling:
+    return Ruling(sample.sha256, sample.query.part_id, p, "model", model_id, _now(), name, scale)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
