@@ -77,7 +77,7 @@ def test_every_way_is_asked_over_the_wire_and_paid_for_in_bytes(tower, parts):
     assert rows["image, quality 92"]["accuracy"] == 1.0 == rows["image, quality 92"]["fused accuracy"]
     assert rows["nothing: the edge alone"]["fused AUROC"] == 0.5
     assert rows["image, quality 92"]["bytes"] > rows["image, quality 30"]["bytes"]
-    tokens = [rows[f"tokens, {ratio} by dropout, 64 coordinates of 6 bits"] for ratio in ("1", "0.5", "0.25", "0.125")]
+    tokens = [rows[f"tokens, {ratio} by dropout, 64 coordinates of 4 bits"] for ratio in ("1", "0.5", "0.25", "0.125")]
     sizes = [row["bytes"] for row in tokens]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] > rows["one token, and the map"]["bytes"]
     assert [row["accuracy"] for row in tokens] == [0.5] * 4  # all called defect, or none

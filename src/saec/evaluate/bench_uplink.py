@@ -7,7 +7,6 @@ reads in it. So tokens are compared with JPEGs of falling quality, not with pixe
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ def default_ways(how: TokenSettings) -> list[Way]:
             ways.append(_tokens(how, choice, ratio=ratio))
     ways.append(replace(_tokens(how, "dropout", ratio=1e-9), name="one token, and the map"))
     ways += [_tokens(how, "dropout", dims=dims) for dims in (16, 32) if dims != how.dims]
-    return ways + [_tokens(how, "dropout", bits=bits) for bits in (4, 8) if bits != how.bits]
+    return ways + [_tokens(how, "dropout", bits=bits) for bits in (6, 8) if bits != how.bits]
 
 
 def _tokens(how: TokenSettings, choice: Choice, **changes: float) -> Way:
@@ -242,18 +241,23 @@ def _times(stages: Stages, parts: int) -> Table:
 
 
 def curve(table: Table) -> Chart:
-    """Return the chart of the first table of :func:`bench_uplink`: accuracy over bytes, tokens beside JPEGs."""
-    groups = {"image": "image", "tokens chosen by dropout": "dropout", "by entropy": "entropy", "by lot": "random"}
-    shown = [row for row in table.rows if row["bytes"]]
+    """Return the chart of the first table of :func:`bench_uplink`: accuracy over bytes, tokens beside JPEGs.
+
+    Of tokens it shows those as fine as the first ones.
+    """
+    names = [str(row[COLUMNS[0]]) for row in table.rows]
+    fineness = next(name for name in names if name.startswith("tokens")).rpartition(", ")[2]
+    groups = {"image": "image, ", "tokens chosen by dropout": "by dropout, ", "by entropy": "by entropy, "}
     lines = []
-    for style, (name, word) in enumerate(groups.items()):
-        points = [(math.log10(float(r["bytes"] or 1)), float(r["accuracy"] or 0)) for r in shown if _of(r, word)]
-        lines.append(Line(name, sorted(points), style))
+    for style, (label, word) in enumerate({**groups, "by lot": "by random, "}.items()):
+        rows = [row for row, name in zip(table.rows, names, strict=True) if word in name and _as(name, fineness)]
+        points = [(math.log10(float(row["bytes"] or 1)), float(row["accuracy"] or 0)) for row in rows]
+        lines.append(Line(label, sorted(points), style))
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     x = Axis("bytes of a question", min(xs), max(xs), nice_ticks(min(xs), max(xs), 3), lambda v: f"{10**v:,.0f}")
     y = Axis.nice("accuracy of the answer", min(ys), max(ys), "{:.1%}".format)
     return draw(table.title, x, y, lines=lines, alt="Accuracy over bytes, tokens beside JPEGs of falling quality.")
 
 
-def _of(row: Mapping[str, Cell], word: str) -> bool:
-    return word in re.split(r"[ ,]+", str(row[COLUMNS[0]]))
+def _as(name: str, fineness: str) -> bool:
+    return not name.startswith("tokens") or name.endswith(fineness)
