@@ -144,7 +144,7 @@ def test_on_a_kind_that_the_head_has_only_seen_good_the_bank_decides():
     replay = Replay.of(hashes, list(x), seen, flat, bad.tolist(), flat, list(range(200)))
     head, scores = _fitted_head(replace(replay, lesson=kind.astype(np.uint8)), SETTINGS)
     cut = ScoreCalibration.from_labelled(scores[bad == 0], scores[bad == 1]).location
-    assert np.mean((scores >= cut) == bad) > 0.95
+    assert np.mean((scores >= cut) == bad) > 0.9
     assert np.mean([head.score(16.0, row) > cut for row in x[:100]]) > 0.9  # six spreads off: no lesson may excuse it
     assert np.mean([head.score(10.0, row) > cut for row in x[:100]]) < 0.05
 
