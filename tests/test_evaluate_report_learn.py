@@ -52,7 +52,7 @@ def test_the_outcome_stands_at_the_top():
 def test_the_page_has_every_arm_with_its_figures_and_asks_the_network_for_nothing():
     page = render_learn(tree())
     for arm in ARMS:
-        assert f">{arm.name}<small>{arm.what}</small>" in page
+        assert f"<dt>{arm.name}</dt><dd>{arm.what}</dd>" in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "<script" not in page
     assert page == render_learn(tree())

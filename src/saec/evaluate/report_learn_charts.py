@@ -79,8 +79,11 @@ def escalation(tree: Tree) -> Chart:
         records = next((arm["rounds"] for arm in tree["arms"] if arm["name"] == name), None)
         if records is not None:
             lines.append(Line(name, [(at + 1, r["stream"]["escalated"]) for at, r in enumerate(records)], style))
-    rounds = len(tree["arms"][0]["rounds"])
-    top = max(value for line in lines for _, value in line.points) if lines else 0.0
+    first = tree["arms"][0]
+    held = [(at + 1, record["held_out"]["escalated"]) for at, record in enumerate(first["rounds"])]
+    lines.append(Line(f"{first['name']}, parts held out, without audits", held, 3))
+    rounds = len(first["rounds"])
+    top = max(value for line in lines for _, value in line.points)
     return draw(
         "Put to the cloud, audits included",
         Axis("Round", 1, rounds, tuple(range(1, rounds + 1))),

@@ -46,11 +46,15 @@ class Arm:
 ADAPTED, UNADAPTED = "adapted", "no adaptation"
 
 ARMS = (
-    Arm(ADAPTED, "uncertain samples and audits, sure opinions, bank, head and thresholds, compressed", cloud=True),
+    Arm(
+        ADAPTED,
+        "uncertain samples and audits; sure opinions; bank, head and thresholds; compressed",
+        cloud=True,
+    ),
     Arm(UNADAPTED, "the station as it was fitted", learns=False),
     Arm(
         "pseudo-labels only",
-        "every opinion of the teacher on samples drawn by lot, sure or not, for head and thresholds; the bank stays",
+        "every opinion of the teacher, sure or not, on samples drawn by lot; head and thresholds, the bank stays",
         uncertain=False,
         learn={"min_teacher": 0.5, "bank_rows": 0},
     ),
