@@ -73,8 +73,8 @@ def test_the_same_seed_gives_the_same_stream(first, then):
 
 def test_light_drifts_from_round_to_round_and_is_written_as_files(tmp_path, first):
     stream = relight(build_stream(first, (), rounds=3, parts=4, product="plate"), tmp_path / "relit")
-    means = [np.mean([read_image(part.path).mean() for part in round_]) for round_ in stream.rounds]
-    assert means[0] > means[1] + 20
+    rims = [np.mean([read_image(part.path)[:9, :9].mean() for part in round_]) for round_ in stream.rounds]
+    assert rims[0] > rims[1] + 20
     assert stream.rounds[0][0].path.parent == first[0].path.parent
     assert all(part.path.is_relative_to(tmp_path / "relit") for part in (*stream.rounds[1], *stream.held_out))
     again = relight(build_stream(first, (), rounds=3, parts=4, product="plate"), tmp_path / "relit")

@@ -96,11 +96,12 @@ def relight(stream: Stream, folder: Path) -> Stream:
 
 
 def relit(image: Image, strength: float) -> Image:
-    """Return an image under a lamp that has aged by ``strength`` in [0, 1]: darker, flatter, and dim at the rim."""
+    """Return an image under a lamp that has aged by ``strength`` in [0, 1]: weaker, dim at the rim, and scattered, so
+    that shadows are grey. (A detector hardly minds a light that is weaker alone.)"""
     height, width = image.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    vignette = 1 - 0.4 * strength * (x * x + y * y) / 2
-    light = (image / 255.0) ** (1 + 0.4 * strength) * (1 - 0.3 * strength)
+    vignette = 1 - 0.8 * strength * (x * x + y * y) / 2
+    light = (image / 255.0) ** (1 - 0.5 * strength) * (1 - 0.2 * strength)
     return np.asarray(np.rint(255 * light * vignette[..., None]), dtype=np.uint8)
 
 
