@@ -18,6 +18,7 @@ from saec.edge.replay import Replay
 from saec.edge.station import OLDEST, Station, station_files
 from saec.errors import BadInput
 from saec.learn.detector import teach_product
+from saec.learn.rows import kept_rows
 from saec.types import Observation
 
 PLATE = "plate"
@@ -219,6 +220,7 @@ def test_a_full_bank_gives_up_taught_rows_only(monkeypatch):
     assert len(again.bank) == 260
     assert np.array_equal(again.bank[:200], bank(200).bank)
     assert (again.bank[200:].mean(axis=1) > 20).sum() == 50
+    assert len(kept_rows(grown.bank, again.bank)) == len(again.bank) - 50  # an update sends the new rows alone
     same = extend_memory(grown, new + 20, rows=50, most=260, seed=1)
     assert np.array_equal(same.bank, again.bank)
     assert np.array_equal(same.weight, again.weight)

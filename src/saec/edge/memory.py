@@ -113,11 +113,11 @@ def extend_memory(memory: Memory, patches: Floats, *, rows: int, most: int, seed
     chosen = np.sort(rng.permutation(len(patches))[:count])
     new = ((patches[chosen].astype(np.float32) - memory.mean) @ memory.projection).astype(np.float32, copy=False)
     added = min(count, max(most - size, 0))
-    bank = np.concatenate([memory.bank, new[:added]])
-    places = np.sort(kept_first + rng.permutation(size - kept_first)[: count - added])
-    bank[places] = new[added : added + len(places)]
-    weight = np.concatenate([memory.weight, np.empty(added, dtype=np.float32)])
-    fresh = np.concatenate([places, np.arange(size, size + added)])
+    gone = kept_first + rng.permutation(size - kept_first)[: count - added]
+    # What stays keeps its order and what is new comes last: so an update sends nothing but the new rows.
+    bank = np.concatenate([np.delete(memory.bank, gone, axis=0), new[: added + len(gone)]])
+    fresh = np.arange(size - len(gone), len(bank))
+    weight = np.concatenate([np.delete(memory.weight, gone), np.empty(len(fresh), dtype=np.float32)])
     some = rng.permutation(size)[:_BLOCK]
     unit = np.median(memory.weight[some] / _raw_weights(memory.bank, some))
     weight[fresh] = scale * unit * _raw_weights(bank, fresh)
