@@ -108,7 +108,8 @@ def test_a_job_is_the_same_job_over_restarts_and_is_done_in_the_end(tmp_path):
         with outbox_with(tmp_path, some) as outbox:
             client.send(outbox, deadline_s=30)
         client.start(JOB, request, deadline_s=5)
-        while (tmp_path / "jobs.log").read_text() != "n\n":
+        log = tmp_path / "jobs.log"
+        while not log.is_file() or log.read_text() != "n\n":
             time.sleep(0.01)
         process.kill()
     with learning_service(tmp_path) as (_, url), closing(client_of(url)) as client:
