@@ -275,3 +275,5 @@ def test_the_command_teaches_a_llava_by_a_smolvlm(tmp_path: Path):
     assert files_gate(str(tmp_path / "llava"), check_files(tmp_path / "taught/last")).passed
     assert "nothing was done" in saec(*command).out
     assert "no such file" in saec(*student[:-1], tmp_path / "none.jsonl", *command[6:]).error().lower()
+    assert "pass --desk DIR or --samples FILE" in saec(*student[:-2], *command[6:]).error()
+    assert "no desk with opinions" in saec(*student[:-2], "--desk", tmp_path, *command[6:]).error()

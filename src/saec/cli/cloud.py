@@ -62,6 +62,10 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help='Written once it answers: {"url": ...}.', show_default=False),
     ] = None,
+    until_eof: Annotated[
+        bool,
+        typer.Option("--until-eof", help="Also end when standard input does: with the program that holds its pipe."),
+    ] = False,
     learn: Annotated[
         Path | None,
         typer.Option(
@@ -80,8 +84,11 @@ def serve(
     import logging
 
     from saec.cli.console import console
+    from saec.cli.service import end_with_stdin
     from saec.cloud import service
 
+    if until_eof:
+        end_with_stdin()
     if backend not in RUNTIMES and (model or adapter):
         raise BadInput(f"--model and --adapter belong to --backend {' and '.join(RUNTIMES)}")
     dials = {"mllm__model": model, "mllm__adapter": adapter, "mllm__runtime": RUNTIMES.get(backend)}
@@ -153,9 +160,9 @@ def desk_of(folder: Path, station: Path | None, settings: Settings) -> Desk:
         BadInput: the folder is in use, or it or the station cannot be used.
     """
     from saec.learn.desk import FolderDesk
-    from saec.learn.teacher import Teacher
+    from saec.learn.teacher import HOME, Teacher
 
-    return FolderDesk(folder, Teacher(folder / "teacher", settings, station=station), settings.learn)
+    return FolderDesk(folder, Teacher(folder / HOME, settings, station=station), settings.learn)
 
 
 def _token(file: Path) -> str:

@@ -66,7 +66,7 @@ class Plan:
     rounds: int
     parts: int
     link_mbit: float
-    seed: int = SEED
+    seed: int
 
 
 def rounds(
@@ -101,6 +101,7 @@ def rounds(
             "--bytes", metavar="FILE", help="Draw what saec bench uplink --json saved here, too.", show_default=False
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of which parts are held out, and of the order of the others.")] = SEED,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -126,7 +127,7 @@ def rounds(
     dials = [*(["--config", str(config)] if config else []), *(f"--set={item}" for item in set_ or ())]
     plan = Plan(
         *(data.resolve().name, first, then, drift, first, backend, teacher, settings.cloud.uplink),
-        *(rounds_, parts, link_mbit),
+        *(rounds_, parts, link_mbit, seed),
     )
     out.mkdir(parents=True, exist_ok=True)
     _same_plan(plan, out)
@@ -142,14 +143,14 @@ def rounds(
         product=plan.product,
         rounds=rounds_,
         parts=parts,
-        seed=SEED,
+        seed=seed,
     )
     if drift is not None:
         stream = relight(stream, out / "relit")
     sizes = ", ".join(str(len(each)) for each in stream.rounds)
     say(f"Stream: {sizes} parts; held out {len(stream.held_out)} of the last kind, {len(stream.before)} of the first.")
     if teacher is Master.LABELS:
-        _write_labels(out / "cloud" / "teacher", stream)
+        _write_labels(out / "cloud", stream)
     command = ["--backend", backend, "--station", str(station), "--learn", str(out / "cloud"), *dials]
     with _service(command, out / "cloud.log") as url, _world(url, settings, plan.product) as world:
         found = run_rounds(stream, station, out, world, arms=chosen, tell=_teller())
@@ -208,10 +209,11 @@ def _fitted(out: Path, dataset: Dataset, settings: Settings, plan: Plan, dials: 
     return folder
 
 
-def _write_labels(folder: Path, stream: Stream) -> None:
+def _write_labels(desk: Path, stream: Stream) -> None:
     """Put the data set's labels where the cloud looks for people's."""
-    from saec.learn.teacher import LABELS
+    from saec.learn.teacher import HOME, LABELS
 
+    folder = desk / HOME
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LABELS).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

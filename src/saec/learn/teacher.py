@@ -37,7 +37,9 @@ Progress = Callable[[int, int], None]
 
 Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-STATIONS, LABELS = "stations", "labels.csv"
+HOME, STATIONS, LABELS = "teacher", "stations", "labels.csv"
+"""The teacher's folder in the desk's, and what lies there."""
+
 _AT_ONCE = 8
 _COPIES = 16
 """States of stations that are kept; the oldest go."""
@@ -143,7 +145,7 @@ class Teacher:
         silent = [name for name, ruling in found.items() if ruling is None]
         for start in range(0, len(silent), _AT_ONCE):
             names = silent[start : start + _AT_ONCE]
-            answers = judge([_shown(samples[name].query, scale) for name in names])
+            answers = judge([shown(samples[name].query, scale) for name in names])
             for name, answer in zip(names, answers, strict=True):
                 if isinstance(answer, Opinion):
                     found[name] = _ruling(name, samples[name], float(answer.p_defect), answer.model_id, scale)
@@ -198,7 +200,7 @@ def _scale(samples: Iterable[Sample], usual: tuple[float, float] | None) -> floa
     return level / usual[0] if usual is not None and level > usual[1] else 1.0
 
 
-def _shown(query: Query, scale: float) -> Query:
+def shown(query: Query, scale: float) -> Query:
     """Return the question in those units; what the edge made of the part is not said, it may be beside the point."""
     heatmap = query.anomaly_map
     shown = None if heatmap is None else np.asarray(heatmap / np.float32(scale), dtype=np.float32)
