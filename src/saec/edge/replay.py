@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from saec.calibrate.calibration import Calibration, CalibrationData, calibrate, content_digest
+from saec.calibrate.calibration import MIN_LABELLED, Calibration, CalibrationData, calibrate, content_digest
 from saec.config import CalibrationSettings
 from saec.edge.head import Bools, Doubles
 from saec.types import Observation
@@ -60,6 +60,11 @@ class Replay:
     def is_defect(self) -> Bools:
         """[n] which parts count as defects."""
         return np.asarray(self.p_defect >= 0.5)
+
+    @property
+    def fit_knew_defects(self) -> bool:
+        """Return whether enough labelled defects were there at the fit to tell the first kind's from its good parts."""
+        return int((self.is_defect & (self.lesson == 0)).sum()) >= MIN_LABELLED
 
     @property
     def hashes(self) -> list[str]:

@@ -110,7 +110,7 @@ def _fitted_head(replay: Replay, settings: Settings) -> tuple[EdgeHead, Doubles]
     bad, first = replay.is_defect, replay.lesson == 0
     bank, x, p, group = replay.bank, replay.pooled.astype(np.float64), replay.p_defect, replay.group
     known = np.flatnonzero(first & ~bad)
-    if bad.sum() < MIN_DEFECTS or (first & bad).sum() >= MIN_LABELLED or not known.size:
+    if bad.sum() < MIN_DEFECTS or replay.fit_knew_defects or not known.size:
         return fit_edge_head(bank, x, p, group)
     again = known[np.linspace(0, len(known) - 1, min(len(known), int(bad.sum()))).astype(int)]
     threshold = overkill_threshold(bank[known], settings.calibration.overkill).threshold

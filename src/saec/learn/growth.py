@@ -81,7 +81,9 @@ def grown(
 ) -> tuple[MemoryDetector, list[Observation]]:
     """Return the detector with the good lessons in its banks, and what banks without the part see in each lesson.
 
-    The new rows are weighted so that the good lessons score as the old good parts do: the kinds share one threshold.
+    Where the fit knew no defects, the bank decides on the first kind, and all kinds share its threshold: the new rows
+    are weighted so that the good lessons score as the old good parts do. Where it did, a head sets the kinds apart, and
+    such weights would cost it: they cool the maps of the new kind's defects too (ELPV mono, then poly: 4 points).
     """
     groups = sorted({group for group, good in zip(looked.groups, looked.is_good, strict=True) if good})
     if len(groups) < 2:
@@ -95,8 +97,11 @@ def grown(
             for features, group in zip(looked.features, looked.groups, strict=True)
         ]
 
+    seen = seen_at(1.0)
+    if old.fit_knew_defects:
+        return _extended(detector, looked, set(groups), settings, 1.0), seen
     usual = np.median(old.bank[~old.is_defect])
-    good = [one.score for one, is_good in zip(seen_at(1.0), looked.is_good, strict=True) if is_good]
+    good = [one.score for one, is_good in zip(seen, looked.is_good, strict=True) if is_good]
     scale = float(usual / max(np.median(good), 1e-6))
     return _extended(detector, looked, set(groups), settings, scale), seen_at(scale)
 
