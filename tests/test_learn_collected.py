@@ -87,7 +87,7 @@ def test_maps_are_in_the_units_in_which_the_teacher_saw_them(tmp_path):
 
 
 def test_frames_that_the_desk_threw_away_are_left_out_and_a_damaged_one_is_told(tmp_path):
-    desk, verdicts = desk_of(tmp_path)
+    desk, _ = desk_of(tmp_path)
     files = sorted(file for file in (desk / "frames").glob("*/*"))
     for file in files[1:]:
         file.unlink()
