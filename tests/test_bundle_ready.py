@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from saec.cli.vlm_export import export_decoder
 from saec.config import MllmSettings
 from saec.errors import BadInput
+from saec.fleet.slots import Slots
 from saec.vlm.contract.bundle import DECODER, read_bundle
 from saec.vlm.export import bundle as exporter
 from saec.vlm.export.bundle import export_bundle
@@ -124,6 +125,102 @@ def test_a_model_that_is_not_here_is_refused_in_one_line(exports: list[str], tmp
     with pytest.raises(BadInput, match="unknown model"):
         ready_bundle(MllmSettings(model=str(tmp_path / "nothing")))
     assert not exports
+
+
+# -- an adapter's versions
+
+
+def learnt(adapter: Path, version: int) -> Path:
+    """Apply a version to an adapter that differs from all others; returns its folder."""
+
+    def fill(out: Path) -> None:
+        shutil.copytree(adapter, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("slots"))
+        config = json.loads((out / "adapter_config.json").read_text())
+        (out / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 10 + version}))
+
+    slots = Slots(adapter)
+    slots.stage(fill)
+    return slots.switch(version, f"{version:064}")
+
+
+@pytest.fixture
+def learner(tiny: Path, tmp_path: Path) -> MllmSettings:
+    return settings(tiny, adapter=shutil.copytree(tiny / "adapter", tmp_path / "learner"))
+
+
+def in_cache(folder: Path) -> set[Path]:
+    return {each for each in folder.parent.iterdir() if each.is_dir()}
+
+
+def test_bundles_of_versions_that_no_slot_keeps_are_removed(tiny: Path, learner: MllmSettings, exports: list[str]):
+    assert learner.adapter is not None
+    others = {ready_bundle(settings(tiny)), ready_bundle(settings(tiny, adapter=tiny / "adapter"))}
+    fitted = ready_bundle(learner)
+    made = []
+    for version in (1, 2, 3, 4):
+        learnt(learner.adapter, version)
+        made.append(ready_bundle(learner))
+    assert in_cache(fitted) == {*others, fitted, *made[-2:]}
+    Slots(learner.adapter).back()
+    assert ready_bundle(learner) == made[-2] and len(exports) == 6
+    assert not [each.name for each in fitted.parent.glob(".*.old")]
+
+
+def test_who_serves_a_bundle_goes_on_when_it_is_removed(learner: MllmSettings, exports: list[str]):
+    assert learner.adapter is not None
+    learnt(learner.adapter, 1)
+    first = ready_bundle(learner)
+    with (first / DECODER).open("rb") as held:
+        for version in (2, 3):
+            learnt(learner.adapter, version)
+            ready_bundle(learner)
+        assert not first.exists() and held.read()
+
+
+def test_a_bundle_that_others_want_as_well_stays(tiny: Path, learner: MllmSettings, exports: list[str], tmp_path: Path):
+    assert learner.adapter is not None
+    released, twin = tmp_path / "released", shutil.copytree(learner.adapter, tmp_path / "twin")
+    shutil.copytree(learnt(learner.adapter, 1), released)
+    first = ready_bundle(learner)
+    assert ready_bundle(settings(tiny, adapter=released)) == first
+    learnt(learner.adapter, 2)
+    learnt(twin, 2)
+    second = ready_bundle(learner)
+    assert ready_bundle(settings(tiny, adapter=twin)) == second
+    for version in (3, 4, 5):
+        learnt(learner.adapter, version)
+        ready_bundle(learner)
+    assert first.exists(), "the released copy is no version"
+    assert second.exists(), "the twin is still at version 2"
+    for version in (3, 4):
+        learnt(twin, version)
+        ready_bundle(settings(tiny, adapter=twin))
+    assert not second.exists()
+
+
+def test_an_adapter_on_a_disk_that_is_away_loses_nothing(tiny: Path, exports: list[str], tmp_path: Path):
+    adapters = [shutil.copytree(tiny / "adapter", tmp_path / name / "adapter") for name in ("here", "away")]
+    for adapter in adapters:
+        learnt(adapter, 1)
+    kept = {ready_bundle(settings(tiny, adapter=adapter)) for adapter in adapters}
+    assert len(kept) == 1  # both versions are equal
+    adapters[1].parent.rename(tmp_path / "unplugged")
+    for version in (2, 3):
+        learnt(adapters[0], version)
+        ready_bundle(settings(tiny, adapter=adapters[0]))
+    assert all(folder.exists() for folder in kept)
+
+
+def test_a_removal_that_was_killed_is_completed(learner: MllmSettings, exports: list[str]):
+    assert learner.adapter is not None
+    learnt(learner.adapter, 1)
+    first = ready_bundle(learner)
+    learnt(learner.adapter, 2)
+    ready_bundle(learner)
+    aside = first.rename(first.with_name(f".{first.name}.old"))
+    learnt(learner.adapter, 3)
+    ready_bundle(learner)
+    assert not aside.exists() and not list(first.parent.glob(f".{first.name}*.json"))
 
 
 # -- on the command line

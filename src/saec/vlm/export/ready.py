@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from saec.config import MllmSettings
 from saec.errors import BadInput
 from saec.vlm.contract.bundle import RECORD, TOWER_RECORD, read_bundle, read_tower
 from saec.vlm.export.source import Source, find_source
+from saec.vlm.export.superseded import claim, remove_superseded, version_folder
 from saec.vlm.gather import alone
 from saec.vlm.registry import CACHE_ENV, cache_folder, names
 from saec.vlm.trained import as_trained
@@ -25,7 +27,8 @@ def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | No
     """Return the folder of the bundle that the settings name: model, adapter and precision.
 
     A bundle's own folder is returned as it is. Another model is exported on first use, by one process at a time, which
-    needs ``saec[export]``; whoever finds the bundle needs nothing of the kind.
+    needs ``saec[export]``; whoever finds the bundle needs nothing of the kind. Of an adapter with slots, the bundles of
+    versions that are gone are removed.
 
     Raises:
         BadInput: no such model, one that cannot be exported, or a cache that cannot be written.
@@ -38,7 +41,14 @@ def ready_bundle(settings: MllmSettings, *, progress: Callable[[str], None] | No
     wanted = as_trained(settings)
     source = find_source(wanted.model, wanted.adapter)
     name = f"{source.name}-{source.fingerprint(wanted.precision)[:12]}-{wanted.precision}"
-    return _ready(name, read_bundle, lambda folder: _export(wanted, folder, progress))
+    exported, version = cache_folder() / "exported", version_folder(wanted.adapter)
+    with suppress(OSError, sqlite3.Error):  # a cache that cannot be written does no harm to who finds the bundle there
+        claim(exported / name, version)
+    folder = _ready(name, read_bundle, lambda folder: _export(wanted, folder, progress))
+    if version is not None:
+        with suppress(OSError, sqlite3.Error):
+            remove_superseded(exported, version)
+    return folder
 
 
 def ready_tower(model: str, adapter: Path | None = None) -> Path:
