@@ -1,4 +1,7 @@
-"""A service started by another command ends with it, also where that command is killed. Real processes, a fake expert."""
+"""A service started by another command ends with it, also where that command is killed.
+
+Real processes, a fake expert.
+"""
 
 from __future__ import annotations
 
