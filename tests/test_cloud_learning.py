@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import pickle
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -242,6 +243,38 @@ async def test_learning_asks_one_question_at_a_time_and_only_while_no_live_one_w
         assert last - first + 1 - 8 <= 1, "a live question waits for one of learning at most"
         assert (await ended(client))["status"] == "done"
         assert all(len(batch) == 1 for batch in seen)
+
+
+async def test_learning_asks_nothing_between_two_live_questions_that_follow_each_other(tmp_path):
+    class Watched(FakeBackend):
+        def judge(self, queries):
+            seen.append(queries[0].part_id)
+            return super().judge(queries)
+
+    seen: list[str] = []
+    asks = threading.Event()
+
+    def run(request: Any, frame_of: Any, judge: Any, progress: Any) -> dict[str, Any]:
+        asks.wait()
+        judge([query("learning")])
+        return {}
+
+    async with service(FolderDesk(tmp_path / "desk", run, settings()), Watched(0.2), max_batch=1) as client:
+        await client.put(f"/v1/learn/jobs/{JOB}", json={})
+        question = wire.encode_question(query("live"), [], max_side=64, jpeg_quality=90)
+
+        async def live() -> int:
+            headers = {"Content-Type": wire.CONTENT_TYPE}
+            return (await client.post("/v1/judge", content=question, headers=headers)).status_code
+
+        first = asyncio.create_task(live())
+        while not seen:
+            await asyncio.sleep(0.001)
+        asks.set()  # the queue is empty now, but the model is at work
+        await asyncio.sleep(0.05)
+        assert await asyncio.gather(first, live()) == [200, 200]
+        assert (await ended(client))["status"] == "done"
+        assert seen == ["live", "live", "learning"]
 
 
 async def test_a_backend_that_fails_under_a_job_fails_that_question_only(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,21 @@ def test_a_job_is_done_in_steps_and_its_update_can_be_had(root):
         assert desk.update("0" * 64) is None
         assert desk.update("../jobs/" + JOB + ".json") is None
         assert desk.jobs() == {JobStatus.DONE: 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+def test_a_job_and_its_threads_step_back_behind_the_rest_of_the_service(root):
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def run(request, frame_of, judge, progress):
+        with ThreadPoolExecutor(1) as pool:
+            return {"nice": [nice(), pool.submit(nice).result()]}
+
+    with Opened(root, run) as desk:
+        desk.start(JOB, {})
+        assert ended(desk).result == {"nice": [min(nice() + 10, 19)] * 2}
+    assert nice() < 19, "the test's own thread has stepped back as well"
 
 
 def test_the_same_request_is_the_same_job_and_another_one_under_its_id_is_refused(root):

@@ -109,6 +109,11 @@ class Batcher(Generic[Q, A]):
         """Admitted queries that no batch has taken yet."""
         return self._admitted - len(self._running)
 
+    @property
+    def at_hand(self) -> int:
+        """Admitted queries that have no answer yet, those in work included."""
+        return self._admitted
+
     def start(self) -> None:
         """Begin to serve; call from inside the event loop."""
         self._loop_task = asyncio.get_running_loop().create_task(self._serve(), name="saec-cloud-batcher")

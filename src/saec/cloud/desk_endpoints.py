@@ -129,13 +129,14 @@ class DeskEndpoints:
 
 
 def judge_between(backend: Backend, batcher: Batcher[Query, Opinion], loop: asyncio.AbstractEventLoop) -> Judge:
-    """Return how a job asks the backend: one question at a time in the backend's own thread, while no live one waits.
+    """Return how a job asks the backend: one question at a time in its own thread, while no live one is at hand.
 
-    A live question waits for one question of learning at most.
+    So a live question waits for the rest of one question of learning at most, and for none if it finds others: between
+    two batches nothing of learning is asked.
     """
 
     async def one(query: Query) -> Opinion | Exception:
-        while batcher.depth:
+        while batcher.at_hand:
             await asyncio.sleep(_WAIT_S)
         try:
             (answer,) = await batcher.in_work_thread(lambda: backend.judge([prepared(backend, query)]))

@@ -4,8 +4,8 @@
     jobs/<id>.json            request, state and result of each job
     updates/<sha256>          what the jobs have made
 
-Jobs run one at a time in one thread. One that had not ended when the process did is begun anew by the next, so that a
-runner must come to the same result when it is called twice.
+Jobs run one at a time in one thread, which has the cores that live questions leave. One that had not ended when the
+process did is begun anew by the next, so that a runner must come to the same result when it is called twice.
 
 When the folder holds ``learn.desk_bytes``, the oldest ended jobs go, with their updates and the frames that no open job
 names. Open jobs, and frames that no job has named yet, are not thrown away: what does not fit then is refused. Frames
@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ KINDS = ("sample",)
 
 _PATIENCE_S = 10.0
 _FORGOTTEN_S = 7 * 86_400.0
+_NICER = 10
 
 
 class _Stopped(Exception):
@@ -175,6 +179,7 @@ class FolderDesk:
             return Counter(record.job.status for record in self._records.values())
 
     def _work(self, judge: Judge) -> None:
+        _step_back()
         while (job_id := self._queue.get()) is not None and not self._closing.is_set():
             self._do(job_id, judge)
 
@@ -275,6 +280,17 @@ class FolderDesk:
             self._storage.remove(self._storage.update(name))
         del self._records[record.job.id]
         self._storage.remove(self._storage.job(record.job.id))
+
+
+def _step_back() -> None:
+    """Give this thread, and those that it starts, a lower priority; only Linux has one for each thread.
+
+    Teaching on the two cores that Loupe answers on made a question take 1.7 times as long, and so 1.1 times.
+    """
+    if sys.platform == "linux":
+        this = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, this, os.getpriority(os.PRIO_PROCESS, this) + _NICER)
 
 
 def _read(file: Path) -> _Record:
