@@ -9,13 +9,29 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from saec.learn.delta import compress
+from saec.learn.delta import Delta, compress
 from saec.learn.state import LEARNT, State, adapter_state
 from saec.learn.update import ADAPTER, Update, encode_update
 
 KEY = b"token"
 MOST = 10_000_000
 RANK, WIDE = 4, 300
+
+
+STRANGE = (
+    "/tmp/saec-was-here.json",
+    "../../../was-here.json",
+    "..\\..\\was-here.json",
+    "C:\\was-here.json",
+    "nested/was-here.json",
+    "was-here\0.json",
+    "",
+    "..",
+    ".hidden",
+    "station.json",
+    "../slots/current.json",
+)
+"""Names that would become files where no update may write."""
 
 
 def learnt(*names: str) -> np.ndarray:
@@ -64,3 +80,12 @@ def update(
     new = delta.apply(base)
     made = Update(ADAPTER, base.sha256, new.sha256, version, previous, delta, {"accuracy": 0.9}, {"by": "test"})
     return encode_update(made, key), new
+
+
+def naming(base: State, target: str, *, document: str | None = None, tensor: str | None = None) -> bytes:
+    """An update without a key that makes what it says, a document or a tensor of this name."""
+    ways, arrays = ({}, {}) if tensor is None else ({tensor: "dense"}, {tensor: np.zeros(3, np.float32)})
+    put = {} if document is None else {document: "owned"}
+    header = {"ways": ways, "document": {"set": put, "gone": []}, "sparse": None, "error": 0.0}
+    delta = Delta(header, arrays)
+    return encode_update(Update(target, base.sha256, delta.apply(base).sha256, 1, 0, delta), None)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from cli_run import saec
 from edge_parts import SETTINGS, defects, good_parts
 from learn_parts import PRODUCT, fitted
-from learn_states import adapter, taught
+from learn_states import adapter, naming, taught
 from saec.edge.station import Station
 from saec.evaluate.bench_update import Way, bench_update
 from saec.evaluate.probe import AdapterProbe
@@ -86,6 +86,22 @@ def test_what_must_not_be_applied_is_refused_with_exit_code_2(station, key, tmp_
     assert "cannot read" in saec("learn", "apply", tmp_path / "none", "-s", station).error()
     assert "nothing named" in saec("learn", "rollback").error()
     assert "nothing to take back" in saec("learn", "rollback", "-s", station).error()
+
+
+@pytest.mark.parametrize("where", ["absolute", "up"])
+@pytest.mark.parametrize("of", ["adapter", "station"])
+def test_an_update_writes_no_file_outside_of_what_it_updates(station, tmp_path, where, of):
+    victim = tmp_path / "victim.txt"
+    name = str(victim) if where == "absolute" else "../../../victim.txt"
+    if of == "adapter":
+        root = adapter(tmp_path / "adapter")
+        base, target = adapter_state(root), "adapter"
+    else:
+        root, base, target = station, station_state(station, PRODUCT), f"product:{PRODUCT}"
+    (tmp_path / "u").write_bytes(naming(base, target, document=name))
+    assert "must not be applied" in saec("learn", "apply", tmp_path / "u", f"--{of}", root).error()
+    assert not list(tmp_path.rglob("victim*"))
+    assert current_folder(root) == root
 
 
 def test_a_taught_adapter_in_its_run_is_compressed_by_its_gradients(tmp_path):

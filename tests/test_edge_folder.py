@@ -111,3 +111,18 @@ def test_a_file_that_is_not_the_saved_one_is_named(tmp_path):
         read_checked(tmp_path / "thing", "a/one.bin", "0" * 64, kind="thing")
     with pytest.raises(BadInput, match=r"cannot be read.*none\.bin.*No such file"):
         read_checked(tmp_path / "thing", "a/none.bin", "0" * 64, kind="thing")
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/saec-was-here", "../x", "a/../../x", "a//b", "a\\b", "C:x", "a\0", "", ".x", "a/.x", "a/"]
+)
+def test_a_name_that_leads_out_of_the_folder_is_neither_written_nor_read(tmp_path, name):
+    write(tmp_path / "thing")
+    for tried in (
+        lambda: write_folder(tmp_path / "thing", {"ok": b"", name: b"x"}, "index.json", {"format": 1}, kind="thing"),
+        lambda: read_checked(tmp_path / "thing", name, "0" * 64, kind="thing"),
+    ):
+        with pytest.raises(BadInput, match="outside of its folder"):
+            tried()
+    assert state_of(tmp_path / "thing") == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["thing"]

@@ -9,7 +9,7 @@ import pytest
 
 from edge_parts import SETTINGS
 from learn_parts import PRODUCT, fitted
-from learn_states import adapter, learnt, taught
+from learn_states import STRANGE, adapter, learnt, taught
 from saec.edge.station import Station, folder_name, read_manifest
 from saec.errors import BadInput
 from saec.learn.state import LEARNT, State, adapter_state, station_state, write_adapter, write_station
@@ -83,6 +83,24 @@ def test_a_folder_without_an_adapter_or_with_a_damaged_list_is_refused(tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04K\x01.")  # a pickle
     with pytest.raises(BadInput, match="cannot be read"):
         adapter_state(folder)
+
+
+def files_under(folder):
+    return sorted(str(file) for file in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_state_whose_names_lead_elsewhere_is_never_written(station, tmp_path, name):
+    of_adapter, of_product = adapter_state(adapter(tmp_path / "adapter")), station_state(station, PRODUCT)
+    before = files_under(tmp_path.parent)
+    for state in (of_adapter, of_product):
+        more = State({**state.tensors, f"{name}/x": np.zeros(3, np.float32)}, state.document)
+        for bad in (more, State(state.tensors, {**state.document, name: "owned"})):
+            with pytest.raises(BadInput, match="has this name"):
+                write_adapter(bad, tmp_path / "out")
+            with pytest.raises(BadInput, match="has this name"):
+                write_station(station, {PRODUCT: bad}, tmp_path / "out")
+    assert files_under(tmp_path.parent) == before
 
 
 # -- stations

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learn_states import KEY, MOST, adapter, taught, update
+from learn_states import KEY, MOST, STRANGE, adapter, naming, taught, update
 from saec.fleet.frame import Frame, decode_frame, encode_frame
 from saec.learn.delta import compress
 from saec.learn.state import adapter_state
@@ -125,3 +125,35 @@ def test_targets_name_adapter_or_product_and_nothing_else():
     for odd in ("", "product:", "bank", "bank:a"):
         with pytest.raises(Refused):
             product_of(odd)
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("target", [ADAPTER, product_target("plate")])
+def test_a_name_that_would_become_a_file_of_somebody_else_is_refused(root, name, target):
+    base = adapter_state(root)
+    made = [naming(base, target, document=name), naming(base, target, tensor=f"{name}/x")]
+    for data in made:
+        with pytest.raises(Refused, match="must not be applied"):
+            decode_update(data, None, MOST)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a b", "", "replay/", "x" * 300, "memory/0.bank", "adapter_model/x"])
+def test_a_tensor_by_a_name_that_none_has_is_refused(root, name):
+    with pytest.raises(Refused, match="must not be applied"):
+        decode_update(naming(adapter_state(root), ADAPTER, tensor=name), None, MOST)
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        None,
+        [],
+        {},
+        {"ways": []},
+        {"ways": {"a": "away"}, "document": {"set": {}, "gone": []}, "sparse": None, "error": 0},
+    ],
+)
+def test_a_change_that_is_built_otherwise_is_refused(root, delta):
+    data, _ = update(root, 1, key=None)
+    with pytest.raises(Refused, match="no update"):
+        decode_update(changed(data, "delta", delta), None, MOST)

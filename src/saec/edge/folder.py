@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from saec.data.hashing import sha256_json
 from saec.errors import BadInput
 
 _SEAL = "sha256"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+"""A path of plain names inside a folder: neither absolute nor hidden, no way up, and the same file on every system."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2(2)
 
 
@@ -35,8 +38,10 @@ def write_folder(path: Path, files: Mapping[str, bytes], index: str, tree: Mappi
         kind: what the folder is, for messages.
 
     Raises:
-        BadInput: ``path`` is something else, or it cannot be written; it is as it was.
+        BadInput: ``path`` is something else, a name leads elsewhere, or it cannot be written; it is as it was.
     """
+    for name in (index, *files):
+        _require_inside(path, name, kind)
     if path.exists() and not (path / index).is_file() and not _is_empty_folder(path):
         raise BadInput(f"this exists and is not a saved {kind}", where=path, fix="choose another folder")
     try:
@@ -85,8 +90,9 @@ def read_checked(path: Path, name: str, sha256: str, *, kind: str) -> bytes:
     """Return the bytes of the file ``name`` of a folder after comparing their hash.
 
     Raises:
-        BadInput: the file is missing or is not the one that was saved.
+        BadInput: the file is missing, is not the one that was saved, or lies elsewhere.
     """
+    _require_inside(path, name, kind)
     try:
         data = (path / name).read_bytes()
     except OSError as error:
@@ -96,6 +102,11 @@ def read_checked(path: Path, name: str, sha256: str, *, kind: str) -> bytes:
         what = f"the {kind} is damaged (the file is not the one that was saved)"
         raise BadInput(what, where=path / name, fix="fit it again or restore the file")
     return data
+
+
+def _require_inside(path: Path, name: str, kind: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"the {kind} names a file outside of its folder", where=f"{path}: {name!a:.80}")
 
 
 def _write_durably(path: Path, data: bytes) -> None:

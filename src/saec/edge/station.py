@@ -57,7 +57,10 @@ EXPERT = "expert"
 
 FIT_AGAIN = "fit it again"
 _LONGEST_NAME = 80
-_REFERENCE, _MODEL, _BANKS, _CLASSIFIER = "reference.png", "model.json", "memory.safetensors", "classifier.onnx"
+MODEL = "model.json"
+"""The file of a product that holds its detector's parameters and its operating point."""
+
+_REFERENCE, _BANKS, _CLASSIFIER = "reference.png", "memory.safetensors", "classifier.onnx"
 _HEAD, _REPLAY = "head.safetensors", "replay.safetensors"
 
 
@@ -204,7 +207,7 @@ class Station:
             if backbone.model_id not in manifest.detector:
                 fix = f"fit it again; this version carries {backbone.model_id}"
                 raise BadInput(f"the station was fitted with {manifest.detector}", where=path, fix=fix)
-        needed = _file_names(manifest.products, (_CLASSIFIER if backbone is None else _BANKS, _MODEL, _REFERENCE))
+        needed = _file_names(manifest.products, (_CLASSIFIER if backbone is None else _BANKS, MODEL, _REFERENCE))
         extra = set(manifest.files) - needed
         if not needed <= set(manifest.files) or not extra <= _file_names(manifest.products, (_HEAD, _REPLAY)):
             raise BadInput("the station is damaged (it lists other files than it has to)", where=path, fix=FIT_AGAIN)
@@ -261,7 +264,7 @@ def station_files(models: Mapping[str, ProductModel]) -> dict[str, bytes]:
         else:
             tree["classifier"] = _SPEC.dump_python(model.detector.spec, mode="json")
             files[f"{folder}/{_CLASSIFIER}"] = model.detector.content
-        files[f"{folder}/{_MODEL}"] = json.dumps(tree, indent=1).encode()
+        files[f"{folder}/{MODEL}"] = json.dumps(tree, indent=1).encode()
         files[f"{folder}/{_REFERENCE}"] = cv2.imencode(".png", model.reference)[1].tobytes()
     return files
 
@@ -284,7 +287,7 @@ def detector_of(tensors: Mapping[str, Floats], sides: Sequence[int], backbone: B
 
 
 def _read_product(folder: str, data: Mapping[str, bytes], backbone: Backbone | None, threads: int) -> ProductModel:
-    tree = json.loads(data[f"{folder}/{_MODEL}"])
+    tree = json.loads(data[f"{folder}/{MODEL}"])
     detector: MemoryDetector | OnnxClassifier
     head, replay = data.get(f"{folder}/{_HEAD}"), data.get(f"{folder}/{_REPLAY}")
     if backbone is not None:

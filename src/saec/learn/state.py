@@ -3,13 +3,16 @@
 All else in its folder (a reference image, an ONNX classifier) stays what it is, and is never sent. A tensor of the
 folder's main file has its own name, such as ``0.bank``; those of other files have the file's before it:
 ``replay/features``. The document holds each JSON file under its name.
+
+Names come from updates too, and become files: only those of a product's and an adapter's own files are taken.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
 from saec.edge.folder import read_checked, write_folder
-from saec.edge.station import INDEX, StationManifest, folder_name, read_manifest
+from saec.edge.station import INDEX, MODEL, StationManifest, folder_name, read_manifest
 from saec.errors import BadInput
 from saec.vlm.trained import CONFIG, ORIGIN, RUN, TRAINED_ON, WEIGHTS, check_adapter, read_record, run_record
 
@@ -33,6 +36,10 @@ LEARNT = "replay/sha256"
 
 BANKS = "memory.safetensors"
 _MAIN = (BANKS, WEIGHTS)
+_STEMS: Mapping[str, tuple[str, ...]] = {BANKS: ("head", "replay"), WEIGHTS: ()}
+"""The tensor files beside the main one."""
+_DOCUMENTS: Mapping[str, tuple[str, ...]] = {BANKS: (MODEL,), WEIGHTS: (CONFIG, ORIGIN, RUN)}
+_KEY = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 _TENSORS, _JSON = ".safetensors", ".json"
 _MANIFEST = TypeAdapter(StationManifest)
 
@@ -64,6 +71,26 @@ def digest(tensors: Tensors, document: Mapping[str, Any]) -> bytes:
 # -- files of one folder
 
 
+def check_names(tensors: Iterable[str], documents: Iterable[str], main: str) -> None:
+    """Refuse names that a product (``main`` is :data:`BANKS`) or an adapter (``WEIGHTS``) does not have.
+
+    Raises:
+        BadInput: a tensor or a document would become another file than one of theirs.
+    """
+    for name in tensors:
+        stem, slash, key = name.rpartition("/")
+        known = not slash or stem in _STEMS[main] or name == LEARNT  # an adapter's list of images is a text file
+        if not known or not _KEY.fullmatch(key):
+            raise BadInput("no tensor of a station or an adapter has this name", where=_shown(name))
+    for name in documents:
+        if name not in _DOCUMENTS[main]:
+            raise BadInput("no document of a station or an adapter has this name", where=_shown(name))
+
+
+def _shown(name: str) -> str:
+    return f"{name!a:.80}"
+
+
 def state_of_files(files: Mapping[str, bytes]) -> State:
     """Return the state in the files of a product's or an adapter's folder, given by name; others are left out.
 
@@ -85,7 +112,12 @@ def state_of_files(files: Mapping[str, bytes]) -> State:
 
 
 def files_of_state(state: State, main: str) -> dict[str, bytes]:
-    """Return the files that :func:`state_of_files` reads the same state from; ``main`` holds the plain names."""
+    """Return the files that :func:`state_of_files` reads the same state from; ``main`` holds the plain names.
+
+    Raises:
+        BadInput: a name that is not one of these files', see :func:`check_names`.
+    """
+    check_names(state.tensors, state.document, main)
     groups: dict[str, dict[str, NDArray[Any]]] = {}
     for name in sorted(state.tensors):
         stem, _, key = name.rpartition("/")
@@ -124,7 +156,7 @@ def write_station(base: Path, states: Mapping[str, State], out: Path) -> None:
     Images that taught it are added to those that it was fitted on: nobody may evaluate on them unawares.
 
     Raises:
-        BadInput: the base is damaged, or ``out`` cannot be written.
+        BadInput: the base is damaged, a state has names that no product has, or ``out`` cannot be written.
     """
     manifest = read_manifest(base)
     files = {name: read_checked(base, name, sha256, kind="station") for name, sha256 in manifest.files.items()}
@@ -173,11 +205,13 @@ def write_adapter(state: State, out: Path) -> None:
     """Write an adapter's folder that :func:`adapter_state` reads the same state from.
 
     Raises:
+        BadInput: names that no adapter has; nothing is written.
         OSError: it cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     weights = {name: value for name, value in state.tensors.items() if name != LEARNT}
-    for name, data in files_of_state(State(weights, state.document), WEIGHTS).items():
+    files = files_of_state(State(weights, state.document), WEIGHTS)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
         (out / name).write_bytes(data)
     if LEARNT in state.tensors:
         (out / TRAINED_ON).write_text("".join(f"{sha256}\n" for sha256 in _hashes(state)))

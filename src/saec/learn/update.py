@@ -11,12 +11,15 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from saec.errors import BadInput
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from saec.errors import BadInput, first_problem
 from saec.fleet.frame import BadFrame, Frame, decode_frame, encode_frame
 from saec.learn.delta import Delta
-from saec.learn.state import State, digest
+from saec.learn.state import BANKS, State, check_names, digest
+from saec.vlm.trained import WEIGHTS
 
 KIND = "update"
 
@@ -99,12 +102,14 @@ def decode_update(data: bytes, key: bytes | None, most: int) -> Update:
     """Return the update in ``data``, which unpacks to at most ``most`` bytes, after checking who made it.
 
     Raises:
-        Refused: cut off, changed, too large, no update, or not made with this key.
+        Refused: cut off, changed, too large, no update, not made with this key, or it names files that its target does
+            not have.
     """
     try:
         frame = decode_frame(data, kinds=(KIND,), most=most)
     except BadFrame as error:
-        raise Refused(f"no update ({error})", fix="fetch it again") from None
+        fix = "pass what saec learn diff or the cloud made, whole"
+        raise Refused(f"no update ({error})", fix=fix) from None
     header = dict(frame.header)
     mac = header.pop(_MAC, None)
     if set(header) != set(_FIELDS):
@@ -115,6 +120,7 @@ def decode_update(data: bytes, key: bytes | None, most: int) -> Update:
     if key is not None and (mac is None or not hmac.compare_digest(str(mac), _mac(header, delta, key))):
         what = "the update is not authenticated" if mac is None else "the update was not made with this key"
         raise Refused(what, fix="fetch it from the cloud service with its token")
+    _check(str(header["target"]), delta.header)
     try:
         return Update(
             target=str(header["target"]),
@@ -128,6 +134,38 @@ def decode_update(data: bytes, key: bytes | None, most: int) -> Update:
         )
     except (TypeError, ValueError) as error:
         raise Refused(f"no update ({error})", fix="update saec") from None
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    set: dict[str, Any]
+    gone: list[str]
+
+
+class _Header(BaseModel):
+    """What a delta's header must be before anything reads it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ways: dict[str, Literal["dense", "rows", "gone"]]
+    document: _Document
+    sparse: dict[str, Any] | None
+    error: float
+
+
+def _check(target: str, header: Mapping[str, Any]) -> None:
+    """Refuse a delta that is built otherwise, or whose names would become other files than the target's."""
+    main = WEIGHTS if product_of(target) is None else BANKS
+    try:
+        found = _Header.model_validate(header)
+        check_names(found.ways, [*found.document.set, *found.document.gone], main)
+    except ValidationError as error:
+        raise Refused(f"no update ({first_problem(error)})", fix="update saec") from None
+    except BadInput as error:
+        raise Refused(
+            f"the update must not be applied ({error})", where=target, fix="do not trust its source"
+        ) from None
 
 
 def _mac(header: Mapping[str, Any], delta: Delta, key: bytes) -> str:
