@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from saec.errors import BadInput
-from saec.evaluate.report_learn import headline, render_learn, rounds_table, write_learn_report
+from saec.evaluate.report_learn import headline, read_curve, render_learn, rounds_table, write_learn_report
 from saec.learn.rounds import ARMS
 
 
@@ -38,7 +39,9 @@ def tree() -> dict:
         **{"teacher": "model", "uplink": "image", "rounds": 3, "parts": 60, "link_mbit": 10.0, "seed": 1},
     }
     start = record(0.35, learns=False, cloud=0.36)
-    return {"plan": plan, "start": start, "arms": arms, "environment": {"machine": "x86_64"}}
+    plan |= {"stream": "f" * 64, "settings": {"learn.samples": 5}}
+    made = {"cloud": "loupe@int8", "station": "a" * 64}
+    return {"plan": plan, "made": made, "start": start, "arms": arms, "environment": {"machine": "x86_64"}}
 
 
 def test_the_outcome_stands_at_the_top():
@@ -56,6 +59,12 @@ def test_the_page_has_every_arm_with_its_figures_and_asks_the_network_for_nothin
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "<script" not in page
     assert page == render_learn(tree())
+
+
+def test_the_record_says_what_it_takes_to_make_the_figures_again():
+    page = render_learn(tree())
+    for name, value in (("cloud", "loupe@int8"), ("station", "a" * 64), ("learn.samples", "5"), ("stream", "f" * 64)):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
 
 def test_seconds_on_the_link_are_those_of_all_bytes():
@@ -97,7 +106,7 @@ def test_a_few_arms_are_enough_for_a_page(count, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<figure") >= 2
 
 
-def test_a_benchmarks_curve_of_accuracy_against_bytes_is_drawn_beside():
+def test_a_benchmarks_curve_of_accuracy_against_bytes_is_drawn_beside(tmp_path):
     ways = (
         "image, quality 92",
         "image, quality 30",
@@ -107,7 +116,10 @@ def test_a_benchmarks_curve_of_accuracy_against_bytes_is_drawn_beside():
     )
     rows = [{"what goes up": way, "bytes": 9_000 - 1000 * at, "accuracy": 0.9} for at, way in enumerate(ways)]
     table = {"title": "What goes up", "columns": list(rows[0]), "rows": rows, "notes": []}
-    assert "tokens beside JPEGs" in render_learn(tree(), uplink={"tables": [table]})
+    saved, other = tmp_path / "uplink.json", tmp_path / "rounds.json"
+    saved.write_text(json.dumps({"tables": [table]}))
+    other.write_text(json.dumps({"rounds": []}))
+    assert "tokens beside JPEGs" in render_learn(tree(), uplink=read_curve(saved))
     assert "tokens beside JPEGs" not in render_learn(tree())
     with pytest.raises(BadInput, match="not the tables of saec bench uplink"):
-        render_learn(tree(), uplink={"rounds": []})
+        read_curve(other)

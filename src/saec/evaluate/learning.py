@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from saec.cloud.tokens import tokenised
 from saec.config import MllmSettings, Settings
 from saec.data.dataset import Dataset
 from saec.data.decode import UnreadableImage, read_with_hash
+from saec.data.hashing import sha256_file
 from saec.data.verify import content_hashes, refuse_overlap
 from saec.edge.backbone import Backbone, Features
 from saec.edge.detector import MemoryDetector
@@ -36,7 +37,7 @@ AUDIT_SHARE = 0.05
 
 def unseen_stream(
     dataset: Dataset,
-    station: Path,
+    fitting: Iterable[Part],
     *,
     mllm: MllmSettings | None,
     first: str,
@@ -50,7 +51,7 @@ def unseen_stream(
 
     Args:
         dataset: with both products.
-        station: whose training and calibration parts are left out.
+        fitting: what the station is, or will be, fitted to and calibrated on: left out.
         mllm: the cloud's model, with its adapter, whose training images are left out; ``None`` for others.
         first, then: products of the data set.
         product, rounds, parts, seed: see there.
@@ -58,8 +59,7 @@ def unseen_stream(
     Raises:
         BadInput: a product without labelled parts, or too few that nobody has learnt from.
     """
-    manifest = read_manifest(station)
-    known = {*manifest.train_sha256, *manifest.calibration_sha256}
+    known = {sha256_file(part.path) for part in fitting}
     if mllm is not None and mllm.adapter is not None:
         folders = (mllm.adapter, mllm.adapter.resolve().parent)
         known |= content_hashes(folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file())
@@ -70,7 +70,7 @@ def unseen_stream(
             raise BadInput("no labelled parts", where=name, fix=f"it has {', '.join(dataset.products)}")
         return found
 
-    stream = build_stream(
+    return build_stream(
         labelled(first),
         labelled(then) if then is not None else (),
         rounds=rounds,
@@ -79,9 +79,18 @@ def unseen_stream(
         product=product,
         seed=seed,
     )
+
+
+def refuse_fitted(station: Path, stream: Stream) -> None:
+    """See that the station at a folder has learnt from no part of the stream.
+
+    Raises:
+        BadInput: it has.
+    """
+    manifest = read_manifest(station)
+    known = {*manifest.train_sha256, *manifest.calibration_sha256}
     for some in (*stream.rounds, stream.held_out, stream.before):
-        refuse_overlap(known, some, what="fitting the station or training the cloud's model")
-    return stream
+        refuse_overlap(known, some, what="fitting the station")
 
 
 def sampler(station: Station, settings: Settings, tokeniser: Tokeniser | None = None) -> SampleOf:

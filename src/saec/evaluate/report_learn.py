@@ -16,12 +16,13 @@ from saec.evaluate.report_words import counted, number, percent, size
 from saec.evaluate.summary import write_atomically
 from saec.evaluate.table import Cell, Table
 from saec.learn.rounds import ADAPTED, UNADAPTED
+from saec.vlm.trained import read_record
 
 
-def write_learn_report(tree: Tree, out: Path, *, uplink: Tree | None = None) -> None:
+def write_learn_report(tree: Tree, out: Path, *, uplink: Chart | None = None) -> None:
     """Write the page about ``rounds.json``, whole or not at all.
 
-    ``uplink`` is what ``saec bench uplink --json`` saved: its curve of accuracy against bytes is drawn as well.
+    ``uplink`` is a curve of accuracy against bytes (:func:`read_curve`), shown as well.
 
     Raises:
         BadInput: the page cannot be written.
@@ -29,7 +30,7 @@ def write_learn_report(tree: Tree, out: Path, *, uplink: Tree | None = None) -> 
     write_atomically(out, render_learn(tree, uplink=uplink))
 
 
-def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
+def render_learn(tree: Tree, *, uplink: Chart | None = None) -> str:
     """Return the page as text. The same figures give the same bytes."""
     plan, arms = tree["plan"], tree["arms"]
     main = arms[0]
@@ -44,7 +45,7 @@ def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
         lead=_lead(tree, change),
         cards=_cards(tree),
         attention=_attention(tree),
-        charts=[chart for chart in (*drawn, _curve(uplink)) if chart is not None],
+        charts=[chart for chart in (*drawn, uplink) if chart is not None],
         arm_columns=arm_columns,
         arm_rows=arm_rows,
         arm_note=f"Bytes of all rounds; seconds on a link of {plan['link_mbit']:g} Mbit/s. First product: the "
@@ -55,22 +56,34 @@ def render_learn(tree: Tree, *, uplink: Tree | None = None) -> str:
         round_note="Stream: on the round's own parts, before it learnt from them. Probe: parts of earlier and of this "
         "round that are never taught; an update that is worse there is dropped.",
         alarms=list(_alarms(arms)),
-        facts=[("Plan", flatten(plan)), ("Machine", flatten(tree["environment"]))],
+        facts=_facts(tree),
     )
 
 
-def _curve(uplink: Tree | None) -> Chart | None:
-    """Return the benchmark's curve of accuracy against bytes.
+def _facts(tree: Tree) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what it takes to make these figures again."""
+    plan = {name: value for name, value in tree["plan"].items() if name != "settings"}
+    known = tree["plan"].get("settings")
+    settings = [] if known is None else flatten(known) or [("all", "the default")]
+    return [
+        ("Plan", flatten(plan)),
+        ("Made of", flatten(tree.get("made", {}))),
+        ("Settings that are not the default", settings),
+        ("Machine", flatten(tree["environment"])),
+    ]
+
+
+def read_curve(file: Path) -> Chart:
+    """Return the curve of accuracy against bytes of what ``saec bench uplink --json`` saved.
 
     Raises:
-        BadInput: not what it saves.
+        BadInput: it cannot be read, or is something else.
     """
-    if uplink is None:
-        return None
     try:
-        return curve(Table(**uplink["tables"][0]))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadInput(f"not the tables of saec bench uplink ({error})") from None
+        return curve(Table(**read_record(file)["tables"][0]))
+    except (KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
+        fix = "pass what its --json saved"
+        raise BadInput(f"not the tables of saec bench uplink ({error!r})", where=file, fix=fix) from None
 
 
 def rounds_table(tree: Tree) -> Table:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from saec.calibrate.policy import Mode
 from saec.data.manifest import write_atomic
+from saec.errors import BadInput
 from saec.learn.line import Learnt
 from saec.learn.samples import choose
 from saec.learn.stream import Stream
@@ -122,7 +123,10 @@ def _kept(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     """Return the record in a folder, made where there is none; a folder without one is a killed round's, and goes."""
     file = folder / RECORD
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInput(f"damaged record ({error})", where=file, fix="delete it: its round runs again") from None
         return found
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from saec.data.decode import UnreadableImage, read_image
-from saec.data.hashing import Fingerprint, fingerprints, group_near_duplicates
+from saec.data.hashing import Fingerprint, fingerprints, group_near_duplicates, sha256_file, sha256_json
 from saec.errors import BadInput
 from saec.types import Image, Part
 
@@ -31,6 +31,11 @@ class Stream:
     rounds: tuple[tuple[Part, ...], ...]
     held_out: tuple[Part, ...]
     before: tuple[Part, ...]
+
+    def digest(self) -> str:
+        """Return a hash over content, label and place of all parts: the same wherever the images lie."""
+        groups = (*self.rounds, self.held_out, self.before)
+        return sha256_json([[[sha256_file(part.path), str(part.label)] for part in parts] for parts in groups])
 
 
 def shift(rounds: int) -> list[float]:
