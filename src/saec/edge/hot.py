@@ -38,6 +38,36 @@ class _Serving:
     station: Station
 
 
+def names_of(detector: str, identity: str, version: Version) -> dict[str, str]:
+    """Return what verdicts call a version of a station under ``models``: the detector with the hash of the fitted
+    station, and the version, such as ``3-1a2b3c4d``, unless it is 0."""
+    named = {VERSION_ROLE: version.name} if version.version else {}
+    return {"edge": f"{detector} station:{identity[:12]}", **named}
+
+
+def judge_of(models: Mapping[str, str]) -> tuple[str, str]:
+    """Return which part of a verdict's ``models`` says what version of which station judged."""
+    return models.get("edge", ""), models.get(VERSION_ROLE, "")
+
+
+def judges_of(root: Path) -> dict[tuple[str, str], Version]:
+    """Return the versions of a station that are here, by :func:`judge_of` of the verdicts that they have made.
+
+    One that was followed (``saec inspect``) goes by what was fitted and its version; one that was loaded for itself
+    (``saec evaluate``) by its own hash: another version is another evaluation, and no run goes on with it.
+
+    Raises:
+        BadInput: the station or its slots are damaged, or there is none.
+    """
+    slots, fitted = Slots(root), read_manifest(root)
+    found: dict[tuple[str, str], Version] = {}
+    for version in slots.kept():
+        own = read_manifest(slots.folder_of(version))
+        found.setdefault(judge_of(names_of(own.detector, own.sha256, Version())), version)
+        found[judge_of(names_of(own.detector, fitted.sha256, version))] = version
+    return found
+
+
 class HotStation:
     """The versions of one station behind the pipeline's ``Edge`` protocol. ``predict`` is called from one thread; what
     the other methods say right after it is of the version that judged."""
@@ -60,10 +90,8 @@ class HotStation:
 
     @property
     def models(self) -> Mapping[str, str]:
-        """The detector, the hash of the fitted station, and the version, such as ``3-1a2b3c4d``, unless it is 0."""
-        manifest, version = self._serving.station.manifest, self._serving.version
-        named = {VERSION_ROLE: version.name} if version.version else {}
-        return {"edge": f"{manifest.detector} station:{self._identity[:12]}", **named}
+        """What judges now, see :func:`names_of`."""
+        return names_of(self._serving.station.manifest.detector, self._identity, self._serving.version)
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -126,4 +154,4 @@ class HotStation:
 
     def _load(self) -> _Serving:
         version = self._slots.pointer.current
-        return _Serving(version, Station.load(self._slots.folder_of(version), settings=self._settings))
+        return _Serving(version, Station.load(self._slots.root, settings=self._settings, version=version))

@@ -42,7 +42,7 @@ from saec.edge.head import EdgeHead, pool_features
 from saec.edge.memory import Floats, Memory
 from saec.edge.replay import Replay
 from saec.errors import BadInput
-from saec.fleet.slots import current_folder
+from saec.fleet.slots import Slots, Version, current_folder
 from saec.types import EdgeResult, Image, Observation
 
 FORMAT = 2
@@ -193,13 +193,13 @@ class Station:
         write_folder(path, station_files(self._products), INDEX, tree, kind="station")
 
     @classmethod
-    def load(cls, path: Path, *, settings: Settings) -> Self:
-        """Read a station, or of one with slots the version that counts, and check every file against its hash.
+    def load(cls, path: Path, *, settings: Settings, version: Version | None = None) -> Self:
+        """Read a station, of one with slots ``version`` or the one that counts, and check every file against its hash.
 
         Raises:
-            BadInput: it is missing, damaged, or of another version.
+            BadInput: it is missing, damaged, or of another version of the format.
         """
-        path = current_folder(path)
+        path = current_folder(path) if version is None else Slots(path).folder_of(version)
         manifest = read_manifest(path)
         backbone: Backbone | None = None
         if manifest.detector.startswith("memory"):

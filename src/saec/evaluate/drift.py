@@ -65,8 +65,8 @@ def _proposal(
 ) -> dict[str, Any]:
     """Return new thresholds with their evidence, or what is needed first.
 
-    People's labels count before the cloud's. Escalated parts are labelled more often than others: the expected rates
-    are those of the labelled parts, not of the line.
+    Labels (``by_people`` or, of a data set, ``by_truth``) count before the cloud's word. Escalated parts are labelled
+    more often than others: the expected rates are those of the labelled parts, not of the line.
     """
     known = []
     for verdict in verdicts:
@@ -78,10 +78,11 @@ def _proposal(
             known.append((verdict.edge_score, label is Label.DEFECT, human))
     scores = np.array([score for score, _, _ in known])
     bad = np.array([is_defect for _, is_defect, _ in known], dtype=bool)
+    of = {"by_people": labels is not None, "by_truth": labels is None}
     evidence = {
         "n_good": int((~bad).sum()),
         "n_defect": int(bad.sum()),
-        "by_people": sum(human for _, _, human in known),
+        **{name: sum(human for _, _, human in known) if said else 0 for name, said in of.items()},
     }
     if evidence["n_good"] < MIN_LABELLED:
         why = f"{MIN_LABELLED} labelled good parts are needed: audit (learn.audit_share) or pass --labels"

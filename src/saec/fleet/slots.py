@@ -112,6 +112,17 @@ class Slots:
             raise _damaged(folder, "the version that counts is gone")
         return folder
 
+    def kept(self) -> tuple[Version, ...]:
+        """Return the versions whose folders are here, the plain folder first, then from the oldest on.
+
+        Raises:
+            BadInput: the pointer is damaged.
+        """
+        pointer = self.pointer
+        known = {Version(note["version"], note["sha256"]) for note in pointer.history} | {pointer.current}
+        there = (version for version in known if version.version and (self._folder / version.name).is_dir())
+        return (Version(), *sorted(there, key=lambda version: version.version))
+
     def mark(self) -> tuple[int, int]:
         """Return what changes whenever the pointer does, at the price of one ``stat``."""
         try:
