@@ -9,6 +9,7 @@ import pytest
 
 from saec.errors import BadInput
 from saec.evaluate.report_learn import headline, read_curve, render_learn, rounds_table, write_learn_report
+from saec.evaluate.report_learn_charts import accuracies
 from saec.learn.rounds import ARMS
 
 
@@ -47,9 +48,25 @@ def tree() -> dict:
 def test_the_outcome_stands_at_the_top():
     said = headline(tree()).replace("\N{NARROW NO-BREAK SPACE}", "")
     assert said == (
-        "After 3 rounds the adapted edge is right in 80.0% of the cases, without adaptation in 35.0%; "
-        "the cloud alone in 88.0%."
+        "After 3 rounds the adapted edge alone is right in 80.0% of the cases, without adaptation in 35.0%; "
+        "with the cloud, asked about 40%, in 81.0%."
     )
+    assert "The cloud alone, asked about every part, is right in 88.0" in render_learn(tree())
+
+
+def test_figures_of_the_last_round_and_of_all_rounds_say_so():
+    page = render_learn(tree())
+    for group, columns in (("Edge alone, after round", 3), ("After round 3", 4), ("All rounds together", 4)):
+        assert f'colspan="{columns}" class="group">{group}</th>' in page
+    assert "cascade, cloud alone, to cloud, first product: after round 3" in rounds_table(tree()).notes[1]
+
+
+def test_every_arm_is_drawn_and_all_accuracies_on_one_scale():
+    drawn = accuracies(tree())
+    names = {name for chart in drawn for _, _, name in chart.names}
+    assert names >= {arm.name for arm in ARMS}
+    scales = {tuple(re.findall(r">(\d+)\N{NARROW NO-BREAK SPACE}%<", chart.svg)) for chart in drawn}
+    assert len(drawn) == 3 and len(scales) == 1
 
 
 def test_the_page_has_every_arm_with_its_figures_and_asks_the_network_for_nothing():
@@ -83,11 +100,19 @@ def test_a_dropped_update_and_lost_questions_are_said_before_anything_is_relied_
     assert "adapted, round 3: 4 questions came to nothing." in page
 
 
+def test_questions_lost_on_the_parts_held_out_count_too():
+    found = tree()
+    found["arms"][0]["rounds"][1]["held_out"]["fallbacks"] = 3
+    assert "adapted, round 2: 3 questions came to nothing." in render_learn(found)
+
+
 def test_alarms_are_shown_with_their_evidence():
     found = tree()
-    alarm = {"kind": "score", "since": 30, "statement": "score distance 0.4 > 0.3"}
+    alarm = {"kind": "score", "since": 30, "statement": "score distance 0.4 > 0.3; median -2.9"}
     found["arms"][0]["rounds"][0]["alarms"] = [alarm]
-    assert "score distance 0.4 &gt; 0.3 (from part 30 on)" in render_learn(found)
+    page = render_learn(found)
+    assert "score distance 0.4 &gt; 0.3; median \N{MINUS SIGN}2.9 (from part 30 on)" in page
+    assert "on its own scale without a unit" in page
 
 
 def test_what_people_wrote_into_names_is_text_and_no_markup():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saec.errors import BadInput
@@ -36,8 +37,8 @@ def render_learn(tree: Tree, *, uplink: Chart | None = None) -> str:
     main = arms[0]
     change = plan["then"] or plan["drift"]
     arm_columns, arm_rows = _arm_rows(tree)
-    round_columns, round_rows = _round_rows(tree, main)
-    drawn = (charts.worth(tree), charts.parts_off(tree), charts.escalation(tree), charts.traffic(main))
+    round_columns, round_rows = _round_rows(main)
+    drawn = (*charts.accuracies(tree), charts.escalation(tree), charts.traffic(main))
     return page(
         "report_learn.html.j2",
         name=f"{plan['first']} → {change}",
@@ -48,14 +49,14 @@ def render_learn(tree: Tree, *, uplink: Chart | None = None) -> str:
         charts=[chart for chart in (*drawn, uplink) if chart is not None],
         arm_columns=arm_columns,
         arm_rows=arm_rows,
-        arm_note=f"Bytes of all rounds; seconds on a link of {plan['link_mbit']:g} Mbit/s. First product: the "
-        "edge alone on parts of the time before the change.",
+        arm_note=f"All on the same parts held out; first product: the edge alone on parts of the time before the "
+        f"change. To cloud: without audits. Seconds on a link of {plan['link_mbit']:g} Mbit/s.",
         main=main["name"],
         round_columns=round_columns,
         round_rows=round_rows,
-        round_note="Stream: on the round's own parts, before it learnt from them. Probe: parts of earlier and of this "
-        "round that are never taught; an update that is worse there is dropped.",
-        alarms=list(_alarms(arms)),
+        round_note="The round's own parts: before it learnt from them. Probe: parts of earlier and of this round that "
+        "are never taught; an update that is worse there is dropped.",
+        alarms=_alarms(arms),
         facts=_facts(tree),
     )
 
@@ -88,37 +89,48 @@ def read_curve(file: Path) -> Chart:
 
 def rounds_table(tree: Tree) -> Table:
     """Return one row for each arm, for a terminal."""
-    columns, rows = _arm_rows(tree)
+    groups, rows = _arm_rows(tree)
+    rounds = len(groups[0][1])
+    columns = [f"round {name}" for name in groups[0][1]] + [name for _, names in groups[1:] for name in names]
     named: list[Mapping[str, Cell]] = [
         {"arm": name, **dict(zip(columns, cells, strict=True))} for name, _, cells in rows
     ]
-    note = "round: accuracy of the edge alone on parts of the last kind that are in no round, after that round"
-    return Table("Learning", ("arm", *columns), named, (note,))
+    notes = (
+        "round: accuracy of the edge alone on parts of the last kind that are in no round, after that round",
+        f"cascade, cloud alone, to cloud, first product: after round {rounds}; bytes and seconds: of all rounds",
+    )
+    return Table("Learning", ("arm", *columns), named, notes)
 
 
 def headline(tree: Tree) -> str:
-    """Return the outcome in one sentence."""
+    """Return the outcome in one sentence: edge and cascade, and what share of the parts the cascade asks about."""
     arms = {arm["name"]: arm["rounds"][-1] for arm in tree["arms"]}
     name, last = next(iter(arms.items()))
-    rounds = len(tree["arms"][0]["rounds"])
-    text = f"After {rounds} rounds the {name} edge is right in {percent(edge_of(last))} of the cases"
+    held_out, rounds = last["held_out"], counted(len(tree["arms"][0]["rounds"]), "round")
+    text = f"After {rounds} the {_edge(name)} alone is right in {percent(edge_of(last))} of the cases"
     if UNADAPTED in arms and name != UNADAPTED:
         text += f", without adaptation in {percent(edge_of(arms[UNADAPTED]))}"
-    alone = last.get("cloud_alone")
-    return text + ("." if alone is None else f"; the cloud alone in {percent(alone)}.")
+    return f"{text}; with the cloud, asked about {percent(held_out['escalated'], 0)}, in {percent(held_out['final'])}."
+
+
+def _edge(arm: str) -> str:
+    return "adapted edge" if arm == ADAPTED else f"edge ({arm})"
 
 
 def _lead(tree: Tree, change: str) -> str:
     plan, start = tree["plan"], tree["start"]
+    alone = tree["arms"][0]["rounds"][-1].get("cloud_alone")
+    cloud = "" if alone is None else f"The cloud alone, asked about every part, is right in {percent(alone)}. "
     who = (
-        "People label its samples"
+        "people label its samples"
         if plan["teacher"] == "labels"
-        else f"The cloud's model ({plan['backend']}) teaches it"
+        else f"the cloud's model ({plan['backend']}) teaches it"
     )
+    goes_up = {"image": "its image goes", "crop": "the crop around its anomaly goes", "tokens": "its tokens go"}
     return (
-        f"A station fitted to {plan['first']} meets {change} under the same name. {who}; of a part the "
-        f"{plan['uplink']} goes up. Measured on {start['held_out']['n']} parts that are in no round, and that neither "
-        "the station nor the cloud's model has learnt from."
+        f"{cloud}A station fitted to {plan['first']} meets {change} under the same name; {who}; of a part "
+        f"{goes_up[plan['uplink']]} up. Measured on {start['held_out']['n']} parts that are in no round, and that "
+        "neither the station nor the cloud's model has learnt from."
     )
 
 
@@ -131,7 +143,7 @@ def _cards(tree: Tree) -> list[Card]:
     versions = sum((each["applied"] or {}).get("kept", False) for each in learnt)
     return [
         Card(
-            "Edge alone, adapted",
+            f"Edge alone, {tree['arms'][0]['name']}",
             percent(edge_of(main[-1])),
             f"as fitted {percent(edge_of(tree['start']))}; with the cloud {percent(main[-1]['held_out']['final'])}",
         ),
@@ -141,9 +153,9 @@ def _cards(tree: Tree) -> list[Card]:
             f"first product {percent(main[-1]['before']['edge'])}, was {percent(tree['start']['before']['edge'])}",
         ),
         Card(
-            "To the cloud, last round",
+            "To the cloud, last round's stream",
             percent(shares[-1], 0),
-            "round by round " + ", ".join(percent(share, 0) for share in shares),
+            "audits included; round by round " + ", ".join(percent(share, 0) for share in shares),
         ),
         Card(
             "Learning, up and down",
@@ -156,10 +168,10 @@ def _cards(tree: Tree) -> list[Card]:
 def _attention(tree: Tree) -> list[str]:
     n = tree["start"]["held_out"]["n"]
     found = [
-        f"{arm['name']}, round {at + 1}: {record['stream']['fallbacks']} questions came to nothing."
+        f"{arm['name']}, round {at + 1}: {lost} questions came to nothing."
         for arm in tree["arms"]
         for at, record in enumerate(arm["rounds"])
-        if record["stream"]["fallbacks"]
+        if (lost := record["stream"]["fallbacks"] + record["held_out"]["fallbacks"])
     ]
     dropped = [
         f"{arm['name']}, round {at + 1}: worse on the probe set, so the update was dropped."
@@ -172,7 +184,11 @@ def _attention(tree: Tree) -> list[str]:
     return [chance, *found, *dropped]
 
 
-def _arm_rows(tree: Tree) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+Groups = list[tuple[str, list[str]]]
+"""Columns with what they have in common."""
+
+
+def _arm_rows(tree: Tree) -> tuple[Groups, list[tuple[str, str, list[str]]]]:
     link, rows = tree["plan"]["link_mbit"], []
     for arm in tree["arms"]:
         records = arm["rounds"]
@@ -180,21 +196,20 @@ def _arm_rows(tree: Tree) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
         up, learnt_up, down = (sum(each) for each in zip(*map(bytes_of, records), strict=True))
         seconds = 8 * (up + learnt_up + down) / 1e6 / link
         cells = [percent(edge_of(record)) for record in records]
-        cells += [percent(last["held_out"]["final"]), percent(last.get("cloud_alone")), percent(last["before"]["edge"])]
-        cells += [
-            percent(last["stream"]["escalated"], 0),
-            size(up),
-            size(learnt_up),
-            size(down),
-            number(seconds, "s", 1),
-        ]
+        cells += [percent(last["held_out"]["final"]), percent(last["held_out"]["escalated"], 0)]
+        cells += [percent(last.get("cloud_alone")), percent(last["before"]["edge"])]
+        cells += [size(up), size(learnt_up), size(down), number(seconds, "s", 1)]
         rows.append((arm["name"], arm["what"], cells))
-    names = [f"round {at + 1}" for at in range(len(tree["arms"][0]["rounds"]))]
-    names += ["cascade", "cloud alone", "first product", "to cloud", "asked", "learnt up", "down", "on the link"]
-    return names, rows
+    rounds = len(tree["arms"][0]["rounds"])
+    groups = [
+        ("Edge alone, after round", [str(at + 1) for at in range(rounds)]),
+        (f"After round {rounds}", ["cascade", "to cloud", "cloud alone", "first product"]),
+        ("All rounds together", ["asked", "learnt up", "down", "on the link"]),
+    ]
+    return groups, rows
 
 
-def _round_rows(tree: Tree, arm: Tree) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _round_rows(arm: Tree) -> tuple[Groups, list[tuple[str, list[str]]]]:
     rows = []
     for at, record in enumerate(arm["rounds"]):
         learnt, stream = record.get("learnt") or {}, record["stream"]
@@ -205,13 +220,29 @@ def _round_rows(tree: Tree, arm: Tree) -> tuple[list[str], list[tuple[str, list[
         cells += [percent(learnt.get("teacher_right")), percent(applied.get("before")), percent(applied.get("after"))]
         cells += [percent(edge_of(record)), percent(record["held_out"]["final"]), percent(record.get("cloud_alone"))]
         rows.append((str(at + 1), [*cells, size(up), size(learnt_up), size(down)]))
-    names = ["stream, edge", "cascade", "to cloud", "audits", "samples", "teacher right", "probe before", "after"]
-    return [*names, "edge after", "cascade", "cloud alone", "asked", "learnt up", "down"], rows
+    groups = [
+        ("The round's own parts", ["edge", "cascade", "to cloud", "audits"]),
+        ("What was learnt", ["samples", "teacher right", "probe before", "after"]),
+        ("Parts held out, after it", ["edge", "cascade", "cloud alone"]),
+        ("Bytes", ["asked", "learnt up", "down"]),
+    ]
+    return groups, rows
 
 
-def _alarms(arms: Sequence[Tree]) -> Iterator[tuple[str, str]]:
-    for arm in arms:
-        if arm["name"] in (ADAPTED, UNADAPTED):
-            for at, record in enumerate(arm["rounds"]):
-                for alarm in record["alarms"]:
-                    yield f"{arm['name']}, round {at + 1}", f"{alarm['statement']} (from part {alarm['since']} on)"
+def _alarms(arms: Sequence[Tree]) -> list[tuple[str, list[str]]]:
+    """Return (arm and round, what the watch saw in it) wherever it saw something."""
+    return [
+        (
+            f"{arm['name']}, round {at + 1}",
+            [f"{_minus(alarm['statement'])} (from part {alarm['since']} on)" for alarm in record["alarms"]],
+        )
+        for arm in arms
+        if arm["name"] in (ADAPTED, UNADAPTED)
+        for at, record in enumerate(arm["rounds"])
+        if record["alarms"]
+    ]
+
+
+def _minus(text: str) -> str:
+    """Return the text with signs that do not read as dashes."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)

@@ -14,6 +14,7 @@ Tree = Mapping[str, Any]
 
 PSEUDO = "pseudo-labels only"
 PARTS_OFF = (ADAPTED, "random samples", "bank off", "head off")
+OTHER_WAYS = (ADAPTED, "dense update", "human labels")
 """What is drawn together: a chart tells four lines apart."""
 
 
@@ -47,29 +48,32 @@ def _line(tree: Tree, name: str, style: int) -> Line | None:
     return Line(name, list(enumerate(values)), style)
 
 
-def _accuracies(tree: Tree, title: str, names: Sequence[str], extra: Sequence[Line] = ()) -> Chart | None:
-    lines = [line for at, name in enumerate(names) if (line := _line(tree, name, at)) is not None]
-    if len(lines) + len(extra) < 2:
-        return None
-    lines += extra
-    values = [value for line in lines for _, value in line.points]
+def accuracies(tree: Tree) -> list[Chart]:
+    """Return accuracy by round, of all arms, a chart for each question, on one scale."""
+    asked: tuple[tuple[str, Sequence[str], list[Line]], ...] = (
+        ("Accuracy of the edge alone", (ADAPTED, UNADAPTED, PSEUDO), _cloud_alone(tree)),
+        ("With a part of it switched off", PARTS_OFF, []),
+        ("Updates sent whole, and people as teachers", OTHER_WAYS, []),
+    )
+    drawn = []
+    for title, names, extra in asked:
+        found = (_line(tree, name, style) for style, name in enumerate(names))
+        drawn.append((title, [line for line in found if line is not None] + extra))
+    axis = _accuracy_axis([value for _, lines in drawn for line in lines for _, value in line.points])
+    return [_accuracy(tree, title, axis, lines) for title, lines in drawn if len(lines) > 1]
+
+
+def _accuracy(tree: Tree, title: str, axis: Axis, lines: Sequence[Line]) -> Chart:
     said = "; ".join(f"{line.name} {percent(line.points[-1][1])}" for line in lines)
     rounds = len(tree["arms"][0]["rounds"])
-    return draw(title, _rounds_axis(rounds), _accuracy_axis(values), lines=lines, alt=f"At the end: {said}.")
+    return draw(title, _rounds_axis(rounds), axis, lines=lines, alt=f"At the end: {said}.")
 
 
-def worth(tree: Tree) -> Chart | None:
-    """Accuracy by round: all of it, nothing of it, and the teacher's labels alone."""
+def _cloud_alone(tree: Tree) -> list[Line]:
     main = tree["arms"][0]["rounds"]
-    alone = [(at + 1, record["cloud_alone"]) for at, record in enumerate(main) if "cloud_alone" in record]
-    points = [(0.0, tree["start"]["cloud_alone"]), *alone] if alone else []
-    extra = [Line("cloud alone, with the adapted edge's maps", points, 3)] if points else []
-    return _accuracies(tree, "Accuracy of the edge alone", (ADAPTED, UNADAPTED, PSEUDO), extra)
-
-
-def parts_off(tree: Tree) -> Chart | None:
-    """Accuracy by round, each part switched off."""
-    return _accuracies(tree, "With a part of it switched off", PARTS_OFF)
+    alone = [(at + 1.0, record["cloud_alone"]) for at, record in enumerate(main) if "cloud_alone" in record]
+    points = [(0.0, tree["start"]["cloud_alone"]), *alone]
+    return [Line("cloud alone, with the adapted edge's maps", points, 3)] if alone else []
 
 
 def escalation(tree: Tree) -> Chart:
