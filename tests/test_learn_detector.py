@@ -133,6 +133,25 @@ def test_an_old_kind_whose_defects_nobody_labelled_is_not_forgotten_either(tmp_p
     assert sum(called(taught, held_out()[1])) - sum(called(taught, held_out()[0])) >= 6
 
 
+def grainy(image: Image) -> Image:
+    """Nothing like a plate: the same pixels in another order."""
+    return np.random.default_rng(0).permuted(image.reshape(-1, 3), axis=0).reshape(image.shape)
+
+
+def test_few_lessons_a_round_do_not_move_the_threshold_beyond_the_old_kinds_defects(tmp_path):
+    """A new kind's first lessons score as far off as it is new; there are too few defects for a head, enough to count."""
+    later = plain = fit_station(dataset(tmp_path, good_parts(tmp_path, 24)), SETTINGS).model(PLATE)
+    for first in (3000, 3100):
+        lessons = [lesson(grainy(plate(first + n)), GOOD) for n in range(3)]
+        lessons += [lesson(grainy(blotted(first + n)), BAD) for n in range(6)]
+        later = teach_product(later, lessons, SETTINGS).model
+    assert later.head is None
+    assert int(later.replay.is_defect.sum()) == 12
+    good, bad = [plate(6000 + n) for n in range(8)], [blotted(6000 + n) for n in range(8)]
+    assert sum(called(later, bad)) == sum(called(plain, bad)) == 8
+    assert sum(called(later, good)) <= sum(called(plain, good)) + 1
+
+
 def test_on_a_kind_that_the_head_has_only_seen_good_the_bank_decides():
     rng = np.random.default_rng(0)
     kind, bad = np.repeat([0, 1, 1], [100, 60, 40]), np.repeat([0, 0, 1], [100, 60, 40])

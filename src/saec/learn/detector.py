@@ -21,7 +21,7 @@ from saec.config import Settings
 from saec.edge.backbone import Features
 from saec.edge.detector import MemoryDetector
 from saec.edge.fitters import Progress, heat_level
-from saec.edge.head import MIN_DEFECTS, Doubles, EdgeHead, fit_edge_head
+from saec.edge.head import MIN_DEFECTS, Bools, Doubles, EdgeHead, fit_edge_head
 from saec.edge.replay import Replay
 from saec.edge.station import ProductModel
 from saec.errors import BadInput
@@ -66,10 +66,25 @@ def teach_product(
     both = old if not fresh else old.joined(_rows_of(fresh, looked, seen))
     head, score = _fitted_head(both, settings) or (None, both.bank)
     both = replace(both, score=score)
-    calibration = _with_cloud(both.calibrated(settings.calibration, cross_fitted=True), both, model.calibration)
+    judged = both.rows(_comparable(both, len(fresh), with_defects=head is not None))
+    calibration = _with_cloud(judged.calibrated(settings.calibration, cross_fitted=True), both, model.calibration)
     level = heat_level(both.peak[~both.is_defect])
     result = ProductModel(taught, _noted(calibration, both), level, model.reference, head, both.capped())
     return Taught(result, _figures(model, looked, result, both))
+
+
+def _comparable(replay: Replay, fresh: int, *, with_defects: bool) -> Bools:
+    """Return which rows [n] say where the threshold lies; the last ``fresh`` are this time's lessons.
+
+    All of them where the fit knew defects. Where it did not, another kind's first lessons scored as far off as it was
+    new, by a bank that has since learnt it: a threshold among them passes the first kind's defects (bottles after four
+    rounds of screws: 36 % right). So only the fit's parts and this time's lessons count, and without a head, which
+    alone tells the kinds apart, their good parts alone, as at the fit.
+    """
+    if replay.fit_knew_defects:
+        return np.ones(len(replay), dtype=np.bool_)
+    now = (replay.lesson == 0) | (np.arange(len(replay)) >= len(replay) - fresh)
+    return np.asarray(now if with_defects else now & ~replay.is_defect)
 
 
 def _fresh(lessons: Sequence[Lesson], old: Replay) -> tuple[Replay, list[Lesson]]:
