@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check src tests tools
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest -m "slow or not slow"

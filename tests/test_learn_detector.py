@@ -139,7 +139,7 @@ def grainy(image: Image) -> Image:
 
 
 def test_few_lessons_a_round_do_not_move_the_threshold_beyond_the_old_kinds_defects(tmp_path):
-    """A new kind's first lessons score as far off as it is new; there are too few defects for a head, enough to count."""
+    """A new kind's first lessons score as far off as it is new; its defects are too few for a head, enough to count."""
     later = plain = fit_station(dataset(tmp_path, good_parts(tmp_path, 24)), SETTINGS).model(PLATE)
     for first in (3000, 3100):
         lessons = [lesson(grainy(plate(first + n)), GOOD) for n in range(3)]
