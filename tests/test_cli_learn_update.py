@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,15 @@ from cli_run import saec
 from edge_parts import SETTINGS, defects, good_parts
 from learn_parts import PRODUCT, fitted
 from learn_states import adapter, naming, taught
+from saec.edge.head import fit_edge_head
+from saec.edge.replay import Replay
 from saec.edge.station import Station
 from saec.evaluate.bench_update import Way, bench_update
 from saec.evaluate.probe import AdapterProbe
 from saec.fleet.slots import current_folder
 from saec.learn.state import State, adapter_state, station_state, write_adapter, write_station
-from saec.types import Evidence, Opinion
+from saec.learn.teaching import state_of_model
+from saec.types import Evidence, Observation, Opinion
 
 
 @pytest.fixture
@@ -71,6 +76,76 @@ def test_an_update_that_is_worse_on_the_probe_set_is_dropped_with_exit_code_1(st
     assert "it was dropped" in done.err
     assert current_folder(station) == station
     assert "was here already" in saec("learn", "apply", tmp_path / "u", "-s", station).error()
+
+
+@pytest.fixture
+def headed(station, tmp_path) -> Path:
+    """A station with a head: bank scores that say nothing, pooled features that tell good from bad."""
+    model = fitted().model(PRODUCT)
+    rng, bad = np.random.default_rng(0), np.arange(60) < 25
+    rows = Replay.of(
+        [f"{number:064x}" for number in range(60)],
+        list(rng.normal(size=(60, model.replay.pooled.shape[1])) + 2 * bad[:, None]),
+        [Observation(float(score), None) for score in rng.normal(size=60)],
+        [0.3] * 60,
+        list(bad.astype(float)),
+        [math.nan] * 60,
+        list(range(60)),
+    )
+    head, score = fit_edge_head(rows.bank, rows.pooled.astype(float), rows.p_defect)
+    rows = replace(rows, score=score)
+    calibration = rows.calibrated(SETTINGS.calibration, cross_fitted=True)
+    taught = replace(model, head=head, replay=rows, calibration=calibration)
+    write_station(station, {PRODUCT: state_of_model(PRODUCT, taught)}, tmp_path / "headed")
+    return tmp_path / "headed"
+
+
+def test_what_an_update_says_of_itself_does_not_count_on_the_probe_set(headed, tmp_path):
+    base = station_state(headed, PRODUCT)
+    turned = {n: -v for n, v in base.tensors.items() if n.startswith("head/")}
+    bad = State({**base.tensors, **turned}, base.document)
+    write_station(headed, {PRODUCT: bad}, tmp_path / "new")
+    assert saec("learn", "diff", headed, tmp_path / "new", "-o", tmp_path / "u").code == 0
+    done = saec("learn", "apply", tmp_path / "u", "-s", headed)
+    assert done.code == 1
+    assert "it was dropped" in done.err
+    assert current_folder(headed) == headed
+
+
+@pytest.mark.parametrize("what", ["others", "strange", "none"])
+def test_the_probe_set_is_what_the_station_remembers_whatever_an_update_remembers(headed, tmp_path, what):
+    base = station_state(headed, PRODUCT)
+    own = {n: v for n, v in base.tensors.items() if n.startswith("replay/")}
+    new = {
+        "others": {**own, "replay/sha256": own["replay/sha256"] ^ 255},
+        "strange": {**own, "replay/score": -own["replay/score"], "replay/p_defect": 1 - own["replay/p_defect"]},
+        "none": {n: v[:0] for n, v in own.items()},
+    }[what]
+    write_station(headed, {PRODUCT: State({**base.tensors, **new}, base.document)}, tmp_path / "new")
+    assert saec("learn", "diff", headed, tmp_path / "new", "-o", tmp_path / "u").code == 0
+    done = json.loads(saec("learn", "apply", tmp_path / "u", "-s", headed, "--json").out)
+    assert (done["kept"], done["after"], done["bank_measured"]) == (True, done["before"], True)
+    assert done["before"] > 0.9
+
+
+def test_a_bank_that_changed_is_said_not_to_be_measured_without_images(station, tmp_path):
+    base = station_state(station, PRODUCT)
+    bank = {"0.bank": base.tensors["0.bank"][::-1].copy(), "0.weight": base.tensors["0.weight"][::-1].copy()}
+    write_station(station, {PRODUCT: State({**base.tensors, **bank}, base.document)}, tmp_path / "new")
+    assert saec("learn", "diff", station, tmp_path / "new", "-o", tmp_path / "u").code == 0
+    said = " ".join(saec("learn", "apply", tmp_path / "u", "-s", station).out.split())
+    assert "the bank's own change is not measured: pass --probe" in said
+
+
+def test_a_head_that_is_not_a_number_or_does_not_fit_never_counts(headed, tmp_path):
+    base = station_state(headed, PRODUCT)
+    weights = base.tensors["head/weights"]
+    for number, (value, code) in enumerate(((np.full_like(weights, np.nan), 1), (weights[:-1].copy(), 2))):
+        new = tmp_path / f"new-{number}"
+        write_station(headed, {PRODUCT: State({**base.tensors, "head/weights": value}, base.document)}, new)
+        assert saec("learn", "diff", headed, new, "-o", tmp_path / "u").code == 0
+        assert saec("learn", "apply", tmp_path / "u", "-s", headed).code == code
+        assert current_folder(headed) == headed
 
 
 def test_what_must_not_be_applied_is_refused_with_exit_code_2(station, key, tmp_path):

@@ -103,6 +103,16 @@ def test_a_version_that_is_worse_on_the_probe_set_is_dropped_within_one_probe_ru
         put(root, data)
 
 
+@pytest.mark.parametrize("accuracy", [float("nan"), float("inf"), -0.1])
+def test_a_probe_that_measures_nothing_lets_nothing_pass(root, accuracy):
+    plain = state_at(root)
+    data, _ = update(root, 1)
+    for probe in (lambda folder: accuracy, lambda folder: 0.9 if folder == root else accuracy):
+        with pytest.raises(Refused, match="measures nothing"):
+            put(root, data, probe=probe, tolerance=1.0)
+        assert state_at(root) == plain
+
+
 def test_the_probe_sees_the_very_files_that_would_count(root):
     data, new = update(root, 1)
     seen = []

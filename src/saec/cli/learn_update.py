@@ -108,10 +108,15 @@ def apply(
 ) -> None:
     """Apply an update: whole or not at all, and only if the probe set gets no worse by more than learn.probe_loss.
 
+    Without --probe a station's new head and thresholds are asked about the figures that it remembers of the parts that
+    calibrated it, of which one is no loss; a new bank cannot be measured so.
+
     With --adapter, --station names the station that makes the anomaly maps of the probe set. Exit codes: 1 where the
     probe set got worse and the old version stays, 2 for an update that must not be applied here.
     """
     from saec.cli.console import print_json, say
+    from saec.evaluate.probe import ReplayProbe
+    from saec.evaluate.report_words import percent
     from saec.learn.apply import apply_update
 
     settings = settings_of(config, set_)
@@ -122,16 +127,21 @@ def apply(
         raise BadInput("cannot read the update", where=update, fix=error.strerror or "check the path") from None
     key, most = _key(key_file, settings), settings.learn.max_frame_bytes
     measure = _probe(root, data, key, station if adapter else None, probe, settings)
-    done = apply_update(root, data, key=key, most=most, probe=measure, tolerance=settings.learn.probe_loss)
-    on_probe = {"before": done.before, "after": done.after}
+    remembered = measure if isinstance(measure, ReplayProbe) else None
+    tolerance = max(settings.learn.probe_loss, 0.0 if remembered is None else remembered.chance)
+    done = apply_update(root, data, key=key, most=most, probe=measure, tolerance=tolerance)
+    unmeasured = remembered is not None and remembered.bank_changed
     if json_:
+        on_probe = {"before": done.before, "after": done.after, "bank_measured": not unmeasured}
         print_json({"version": done.version, "folder": str(done.slot), "kept": done.kept, **on_probe})
     if not done.kept:
-        rates = f"is right on {done.after:.1%} of the probe set, the one at work on {done.before:.1%}"
+        rates = f"is right on {percent(done.after)} of the probe set, the one at work on {percent(done.before)}"
         raise GateFailed(f"version {done.version} {rates}: it was dropped")
     if not json_:
-        on = "" if done.after is None else f"; on the probe set {done.after:.1%}, before {done.before:.1%}"
+        on = "" if done.after is None else f"; on the probe set {percent(done.after)}, before {percent(done.before)}"
         say(f"Version {done.version} counts now{on}.")
+        if unmeasured:
+            say("That is its head and its thresholds; the bank's own change is not measured: pass --probe.")
 
 
 def rollback(station: Station = None, adapter: Adapter = None, json_: JsonOption = False) -> None:

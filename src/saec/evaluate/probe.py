@@ -14,10 +14,12 @@ from saec.cloud.backend import SwapsAdapter
 from saec.config import Settings
 from saec.data.decode import read_image
 from saec.data.readers import read_dataset
-from saec.edge.station import Station
+from saec.edge.detector import MemoryDetector
+from saec.edge.replay import Replay
+from saec.edge.station import ProductModel, Station, bank_tensors
 from saec.errors import BadInput
 from saec.fleet.slots import current_folder
-from saec.learn.state import State, write_adapter
+from saec.learn.state import State, digest, write_adapter
 from saec.types import Backend, Heatmap, Label, Part, Query
 
 Probe = Callable[[Path], float]
@@ -66,27 +68,57 @@ def station_probe(data: Path, product: str, settings: Settings) -> Probe:
     return accuracy
 
 
-def replay_probe(root: Path, product: str, settings: Settings) -> Probe | None:
-    """Return what measures a product on the parts that calibrated its version at work, from its own figures of them:
-    has it forgotten anything? ``None`` for a station that remembers none.
+def replay_probe(root: Path, product: str, settings: Settings) -> ReplayProbe | None:
+    """Return what measures a product on the parts that calibrated its version at work: has it forgotten anything?
+    ``None`` for a station that remembers none.
 
     Raises:
         BadInput: the station is damaged, or does not know the product.
     """
-    known = Station.load(current_folder(root), settings=settings).model(product).replay
-    if known is None:
+    model = Station.load(current_folder(root), settings=settings).model(product)
+    if model.replay is None or not len(model.replay):
         return None
-    hashes = set(known.hashes)
+    return ReplayProbe(model, model.replay, product, settings)
 
-    def accuracy(folder: Path) -> float:
-        model = Station.load(folder, settings=settings).model(product)
-        if model.replay is None:
-            return 0.0
-        rows = model.replay.rows(np.array([sha256 in hashes for sha256 in model.replay.hashes]))
-        p_defect = model.calibration.score.p_defect(rows.score)
-        return float(np.mean((p_defect >= model.calibration.thresholds.tau_edge) == rows.is_defect))
 
-    return accuracy
+class ReplayProbe:
+    """A :data:`Probe` from the figures that the version at work remembers: heads and thresholds are asked about its
+    pooled features and held-out bank scores, against its labels. Nothing that a new version says of itself counts.
+
+    A bank cannot be asked without images: ``bank_changed`` says whether the last folder had another one. The head at
+    work was fitted on these very parts, one more or less of which is chance: ``chance`` is that part's share.
+    """
+
+    def __init__(self, model: ProductModel, known: Replay, product: str, settings: Settings) -> None:
+        """``model`` is at work and remembers ``known``, at least one part."""
+        self._known, self._product, self._settings = known, product, settings
+        self._banks = _banks(model)
+        self.bank_changed = False
+        self.chance = 1 / len(known)
+
+    def __call__(self, folder: Path) -> float:
+        """Return the accuracy of the head and the thresholds in a folder."""
+        model = Station.load(folder, settings=self._settings).model(self._product)
+        self.bank_changed = _banks(model) != self._banks
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is counted as wrong
+            p_defect = model.calibration.score.p_defect(self._scores(model, folder))
+        return _accuracy(p_defect, self._known.is_defect, model.calibration.thresholds.tau_edge)
+
+    def _scores(self, model: ProductModel, folder: Path) -> NDArray[np.float64]:
+        rows, head = self._known, model.head
+        if head is None:
+            return rows.bank
+        pooled = rows.pooled.astype(np.float64)
+        if pooled.shape[1:] != head.weights.shape:
+            raise BadInput("the head does not fit the features", where=folder, fix="ask for another update")
+        return np.array([head.score(bank, x) for bank, x in zip(rows.bank, pooled, strict=True)])
+
+
+def _banks(model: ProductModel) -> str:
+    """Return what changes with the banks; a classifier has none."""
+    if not isinstance(model.detector, MemoryDetector):
+        return ""
+    return digest(bank_tensors(model.detector), {}).hex()
 
 
 class AdapterProbe:
@@ -137,8 +169,12 @@ class AdapterProbe:
 
 
 def _share_right(p_defect: Sequence[float] | NDArray[np.float64], parts: Sequence[Part], tau: float) -> float:
-    truth = np.array([part.label is Label.DEFECT for part in parts])
-    return float(np.mean((np.asarray(p_defect) >= tau) == truth))
+    return _accuracy(np.asarray(p_defect), np.array([part.label is Label.DEFECT for part in parts]), tau)
+
+
+def _accuracy(p_defect: NDArray[np.float64], truth: NDArray[np.bool_], tau: float) -> float:
+    """Return the share of right labels; no probability at all is never right."""
+    return float(np.mean(np.isfinite(p_defect) & ((p_defect >= tau) == truth)))
 
 
 def _image(part: Part, settings: Settings) -> NDArray[np.uint8]:

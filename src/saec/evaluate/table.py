@@ -48,7 +48,7 @@ class Table:
             numeric = any(map(_is_figure, cells)) or all(cell is None for cell in cells)
             if numeric:
                 # In a narrow terminal the names give way: a figure with its end missing is a wrong figure.
-                whole = max(len(name), *(len(_text(cell)) for cell in cells))
+                whole = max(len(name), *(len(_text(cell)) for cell in cells)) if cells else len(name)
                 table.add_column(name, justify="right", no_wrap=True, min_width=whole)
             else:
                 table.add_column(name, overflow="fold", min_width=len(name))
@@ -59,7 +59,7 @@ class Table:
 
 def _is_figure(cell: Cell) -> bool:
     if isinstance(cell, str):
-        return cell.removeprefix("≤ ").removesuffix("%").replace(".", "", 1).isdecimal()
+        return cell.removeprefix("≤ ").removesuffix("%").rstrip().replace(".", "", 1).isdecimal()
     return cell is not None
 
 

@@ -69,7 +69,8 @@ def apply_update(
         tolerance: accuracy that it may cost on the probe set (``learn.probe_loss``).
 
     Raises:
-        Refused: not this key's, damaged, for another base, or not newer than what came before.
+        Refused: not this key's, damaged, for another base, not newer than what came before, or the probe set measures
+            nothing.
         BadInput: the folder is damaged, or in use by another update, or cannot be written; it is as it was.
     """
     update = decode_update(data, key, most)
@@ -89,13 +90,20 @@ def _staged(update: Update, slots: Slots, current: Path, new: State, probe: Prob
     staged = slots.stage(lambda out: write_state(current, update.target, new, out))
     if state_of(staged, update.target).sha256 != update.new_sha256:
         raise BadInput("the disk has not kept what was written", where=staged, fix="check the disk")
-    before, after = (None, None) if probe is None else (probe(current), probe(staged))
+    before, after = (None, None) if probe is None else (_measured(probe, current), _measured(probe, staged))
     note = {"target": update.target, "before": before, "after": after, "figures": dict(update.figures)}
     if before is not None and after is not None and after < before - tolerance:
         slots.refuse(update.version, update.new_sha256, note)
         return Applied(update.version, current, before, after, kept=False)
     slot = slots.switch(update.version, update.new_sha256, note)
     return Applied(update.version, slot, before, after, kept=True)
+
+
+def _measured(probe: Probe, folder: Path) -> float:
+    accuracy = probe(folder)
+    if not 0 <= accuracy <= 1:  # of no parts at all, or not a number: neither says that a version is good
+        raise Refused("the probe set measures nothing", where=folder, fix="pass labelled parts with --probe")
+    return accuracy
 
 
 def _check_version(update: Update, slots: Slots) -> None:
