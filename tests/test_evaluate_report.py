@@ -26,6 +26,7 @@ from saec.evaluate.report_words import (
     WHERE,
     all_defect,
     attention,
+    drifted,
     headline,
     interval,
     number,
@@ -70,6 +71,31 @@ def test_the_headline_admits_what_it_cannot_know() -> None:
     assert headline(summarise([])) == "No parts were inspected."
     partly = headline(summarise(judged(GOOD, GOOD, 3) + judged(None, GOOD, 7)))
     assert partly.endswith("Truth is known for 3 of 10 parts.")
+
+
+def alarm(since: int, statement: str, kind: str = "score") -> dict[str, Any]:
+    return {"kind": kind, "value": 0.5, "limit": 0.3, "n": 50, "since": since, "statement": statement}
+
+
+def test_drift_that_stands_is_said_first_with_its_figures_at_the_end_and_what_to_do(run: RunFolder) -> None:
+    stale, now, gone = alarm(30, "median 3"), alarm(30, "median -8.2"), alarm(70, "90% rejected", "rejects")
+    proposal = {"action": "re-calibrate", "why": "new thresholds are enough"}
+    seen = {"n": 120, "window": 50, "standing": [now], "raised": [stale, gone], "proposal": proposal}
+    over = {**seen, "standing": []}
+    said = drifted({"drift": {"cell": seen, "nut": over, "bolt": {**over, "raised": [], "proposal": None}}})
+    assert said == [
+        "cell has drifted: median \N{MINUS SIGN}8.2 (from part 30 on). "
+        "Proposal: re-calibrate: new thresholds are enough.",
+        "nut: alarms of the drift watch came up and were over at the end (score, rejects).",
+    ]
+    page = render([replace(run, summary={**run.summary, "drift": {"cell": seen}})])
+    before_relying = page[page.index('class="attention"') : page.index('id="parts"')]
+    assert f'{said[0]} <a href="#drift">' in before_relying
+    assert "median 3" not in page
+    section = page[page.index('<section id="drift">') :]
+    assert "rejects: 90% rejected (from part 70 on); over 50 parts, over at the end" in section
+    assert "stands at the end" in section
+    assert 'href="#drift"' not in render([run])
 
 
 def test_few_defects_come_with_a_warning_about_what_they_prove() -> None:

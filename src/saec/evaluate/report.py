@@ -58,6 +58,7 @@ def render(runs: Sequence[RunFolder], *, sweep: Sequence[SweepPoint] | None = No
         headline=words.headline(s),
         uncertainty=words.uncertainty(s),
         attention=words.attention(s),
+        drifted=words.drifted(s),
         main_cards=view.main_cards(s),
         more_cards=view.more_cards(s),
         comparison_columns=columns,

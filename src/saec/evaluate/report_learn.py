@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from saec.evaluate.report import flatten, page
 from saec.evaluate.report_learn_charts import Tree, bytes_of, edge_of
 from saec.evaluate.report_svg import Chart
 from saec.evaluate.report_view import Card
-from saec.evaluate.report_words import counted, number, percent, size
+from saec.evaluate.report_words import alarm_words, counted, number, percent, size
 from saec.evaluate.summary import write_atomically
 from saec.evaluate.table import Cell, Table
 from saec.learn.rounds import ADAPTED, UNADAPTED
@@ -234,15 +233,10 @@ def _alarms(arms: Sequence[Tree]) -> list[tuple[str, list[str]]]:
     return [
         (
             f"{arm['name']}, round {at + 1}",
-            [f"{_minus(alarm['statement'])} (from part {alarm['since']} on)" for alarm in record["alarms"]],
+            [alarm_words(alarm) for alarm in record["alarms"]],
         )
         for arm in arms
         if arm["name"] in (ADAPTED, UNADAPTED)
         for at, record in enumerate(arm["rounds"])
         if record["alarms"]
     ]
-
-
-def _minus(text: str) -> str:
-    """Return the text with signs that do not read as dashes."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)

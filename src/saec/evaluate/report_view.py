@@ -14,11 +14,13 @@ from saec.evaluate.report_words import (
     REASONS,
     THIN,
     WHERE,
+    alarm_words,
     counted,
     interval,
     number,
     outcome,
     percent,
+    proposed,
     size,
 )
 from saec.types import Box, Explanation, Label, Verdict, Where
@@ -201,17 +203,17 @@ def product_rows(s: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def drift_rows(s: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
-    """(product, alarms in words, proposal) for each product that was watched."""
+    """(product, alarms in words, proposal) for each product that was watched: an alarm that stands with its figures at
+    the end, one that is over with its first."""
     rows = []
     for name, seen in s.get("drift", {}).items():
-        standing = {alarm["kind"] for alarm in seen["standing"]}
-        alarms = [
-            f"{alarm['kind']}: {alarm['statement']}; over {alarm['n']} parts, first at part {alarm['since']:,}, "
-            + ("stands at the end" if alarm["kind"] in standing else "over at the end")
-            for alarm in seen["raised"]
-        ]
-        proposal = seen["proposal"]
-        rows.append((name, alarms, f"{proposal['action']}: {proposal['why']}" if proposal else ""))
+        standing = {alarm["kind"]: alarm for alarm in seen["standing"]}
+        alarms = []
+        for first in seen["raised"]:
+            alarm, now = standing.get(first["kind"], first), first["kind"] in standing
+            said = f"{first['kind']}: {alarm_words(alarm)}; over {counted(alarm['n'], 'part')}"
+            alarms.append(f"{said}, {'stands at the end' if now else 'over at the end'}")
+        rows.append((name, alarms, proposed(seen["proposal"])))
     return rows
 
 

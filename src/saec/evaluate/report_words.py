@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,8 +175,6 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
             f"With {counted(defects, 'defect')} the true escape rate may be as high as "
             f"{percent(bounds['escape_rate'][1])}. More labelled defects narrow this."
         )
-    for product, seen in summary.get("drift", {}).items():
-        notes += [f"{product}: {alarm['statement']} (from part {alarm['since']:,} on)." for alarm in seen["raised"]]
     if summary["unreadable"]:
         k = summary["unreadable"]
         notes.append(f"{counted(k, 'image')} could not be read. {'It counts' if k == 1 else 'They count'} in no rate.")
@@ -201,6 +200,35 @@ def attention(summary: Mapping[str, Any]) -> list[str]:
             f"{number(summary['deadline']['ms'], 'ms')}."
         )
     return notes
+
+
+def drifted(summary: Mapping[str, Any]) -> list[str]:
+    """What the drift watch has to say before a run is relied on: what stands at its end with its figures then, and what
+    to do; of what is over, only that it was there."""
+    notes = []
+    for product, seen in summary.get("drift", {}).items():
+        standing = [alarm_words(alarm) for alarm in seen["standing"]]
+        if standing:
+            notes.append(f"{product} has drifted: {'; '.join(standing)}. {proposed(seen['proposal'])}")
+        elif seen["raised"]:
+            over = ", ".join(alarm["kind"] for alarm in seen["raised"])
+            notes.append(f"{product}: alarms of the drift watch came up and were over at the end ({over}).")
+    return notes
+
+
+def alarm_words(alarm: Mapping[str, Any]) -> str:
+    """An alarm of the drift watch with its figures and since when, as text without a full stop."""
+    return f"{minus(alarm['statement'])} (from part {alarm['since']:,} on)"
+
+
+def proposed(proposal: Mapping[str, Any] | None) -> str:
+    """What the drift watch proposes, as a sentence; nothing where it proposes nothing."""
+    return f"Proposal: {proposal['action']}: {proposal['why']}." if proposal else ""
+
+
+def minus(text: str) -> str:
+    """The text with signs that do not read as dashes."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def all_defect(summary: Mapping[str, Any]) -> bool:
