@@ -20,6 +20,7 @@ from saec.edge.replay import Replay
 from saec.edge.station import Station
 from saec.evaluate.bench_update import Way, bench_update
 from saec.evaluate.probe import AdapterProbe
+from saec.evaluate.report_words import percent
 from saec.fleet.slots import current_folder
 from saec.learn.state import State, adapter_state, station_state, write_adapter, write_station
 from saec.learn.teaching import state_of_model
@@ -177,6 +178,65 @@ def test_an_update_writes_no_file_outside_of_what_it_updates(station, tmp_path, 
     assert "must not be applied" in saec("learn", "apply", tmp_path / "u", f"--{of}", root).error()
     assert not list(tmp_path.rglob("victim*"))
     assert current_folder(root) == root
+
+
+def test_versions_of_an_untaught_station_and_adapter_say_that_nothing_was_applied(station, tmp_path):
+    for named in (("-s", station), ("--adapter", adapter(tmp_path / "adapter"))):
+        found = saec("learn", "versions", *named)
+        assert (found.code, found.out) == (0, "Nothing applied yet: what was fitted counts.\n")
+        assert json.loads(saec("learn", "versions", *named, "--json").out) == {"current": 0, "history": []}
+
+
+@pytest.mark.parametrize("command", [("versions",), ("rollback",), ("apply", "u")])
+def test_a_folder_that_is_not_what_its_option_says_is_refused_and_left_alone(station, tmp_path, command):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.jsonl").write_text("")
+    (tmp_path / "u").write_bytes(naming(station_state(station, PRODUCT), f"product:{PRODUCT}", document="model.json"))
+    call = ("learn", command[0], *(tmp_path / name for name in command[1:]))
+    assert "no station here" in saec(*call, "--station", tmp_path / "run").error()
+    assert "no station here" in saec(*call, "--station", adapter(tmp_path / "adapter")).error()
+    assert "no station here" in saec(*call, "--station", tmp_path / "nowhere").error()
+    assert "no adapter here" in saec(*call, "--adapter", station).error()
+    assert "no adapter here" in saec(*call, "--adapter", tmp_path / "run").error()
+    if command[0] != "apply":  # there --station makes an adapter's maps
+        assert "two things" in saec(*call, "--station", station, "--adapter", tmp_path / "adapter").error()
+    assert not list(tmp_path.rglob("slots"))
+
+
+def test_a_rollback_of_nothing_leaves_nothing(station):
+    assert "nothing to take back" in saec("learn", "rollback", "-s", station).error()
+    assert not (station / "slots").exists()
+
+
+def test_an_update_that_cannot_be_made_is_one_line(station, tmp_path):
+    new = changed(station, tmp_path / "new", tau=0.51)
+    root = adapter(tmp_path / "adapter")
+    u = ("-o", tmp_path / "u")
+    assert "nothing to send" in saec("learn", "diff", station, station, *u).error()
+    assert "nothing to send" in saec("learn", "diff", root, root, *u).error()
+    assert "an adapter's changes" in saec("learn", "diff", station, new, *u, "--probe", tmp_path / "nope").error()
+    assert "no such folder" in saec("learn", "diff", station, new, "-o", tmp_path / "nowhere" / "u").error()
+    assert "this is a folder" in saec("learn", "diff", station, new, "-o", tmp_path).error()
+    assert "no adapter here" in saec("learn", "diff", tmp_path, new, *u).error()
+    assert "no products" in saec("learn", "diff", root, root, *u, "--product", "x").error()
+    assert not (tmp_path / "u").exists()
+
+
+def test_a_file_that_is_no_update_is_called_so(station, tmp_path):
+    (tmp_path / "u.json").write_text("{}")
+    told = saec("learn", "apply", tmp_path / "u.json", "-s", station).error()
+    assert "no update (not a frame)" in told
+    assert "pass what saec learn diff or the cloud made" in told
+
+
+def test_percentages_are_written_as_elsewhere(station, tmp_path):
+    new = changed(station, tmp_path / "new", tau=0.51)
+    made = saec("learn", "diff", station, new, "-o", tmp_path / "u")
+    assert "in its tensor's units" in made.out
+    done = saec("learn", "apply", tmp_path / "u", "-s", station)
+    rate = percent(json.loads(saec("learn", "versions", "-s", station, "--json").out)["history"][0]["after"])
+    assert f"on the probe set {rate}" in done.out
+    assert rate in saec("learn", "versions", "-s", station).out
 
 
 def test_a_taught_adapter_in_its_run_is_compressed_by_its_gradients(tmp_path):

@@ -64,9 +64,17 @@ def diff(
     from saec.learn.update import ADAPTER, Update, encode_update
 
     settings = settings_of(config, set_)
+    if out.is_dir() or not out.parent.is_dir():
+        what = "this is a folder" if out.is_dir() else "no such folder"
+        raise BadInput(what, where=out if out.is_dir() else out.parent, fix="pass the file to write as --out")
     slots = Slots(base)
-    target = _target_of(slots.current(), product)
-    before, after = state_of(slots.current(), target), state_of(Slots(new).current(), target)
+    target = _target_of(_checked(base), product)
+    if target != ADAPTER and (probe or maps):
+        fix = "saec learn apply --probe proves a station's update"
+        raise BadInput("--probe and --maps choose the share of an adapter's changes", where=base, fix=fix)
+    before, after = state_of(slots.current(), target), state_of(_checked(new), target)
+    if before.sha256 == after.sha256:
+        raise BadInput("both are the same: there is nothing to send", where=f"{base}, {new}", fix="teach NEW first")
     learn, found = settings.learn, {}
     matters = training_sensitivity(new) if target == ADAPTER else {}
     if target == ADAPTER and probe is not None:
@@ -77,15 +85,39 @@ def diff(
         share = learn.keep if target == ADAPTER else None
         delta = compress(before, after, keep=share, bits=learn.bits, sensitivity=matters)
     decoded = delta.apply(before)
+    if decoded.sha256 == before.sha256:
+        raise BadInput("no change is large enough to be sent", where=new, fix="raise learn.keep")
     version = slots.pointer.highest + 1
     update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta, found)
     data = encode_update(update, _key(key_file, settings))
-    write_atomic(out, data)
+    try:
+        write_atomic(out, data)
+    except OSError as error:
+        raise BadInput("cannot write the update", where=out, fix=error.strerror or "check the path") from None
     figures = {"target": target, "version": version, **found, **delta_figures(delta, after, len(data))}
     if json_:
         print_json(figures)
     else:
-        print_tables(figures_table(f"Update {version} of {target}", figures))
+        shown = {_SHOWN[key]: _figure(value) for key, value in figures.items() if key in _SHOWN}
+        print_tables(figures_table(f"Update {version} of {target}", shown))
+
+
+_SHOWN = {
+    "bytes": "bytes",
+    "dense_bytes": "bytes of all that is taught, uncompressed",
+    "keep": "share of the changed weights that is sent",
+    "entries": "weights that are sent",
+    "norm": "share of the change's squared norm that arrives",
+    "left_out": "largest change of a weight that is left out",
+    "error": "largest error of a value that is sent, in its tensor's units",
+    "accuracy": "accuracy on the probe set, as sent",
+    "accuracy_dense": "accuracy on the probe set, all sent",
+}
+"""What a terminal calls each figure of an update."""
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def apply(
@@ -120,7 +152,7 @@ def apply(
     from saec.learn.apply import apply_update
 
     settings = settings_of(config, set_)
-    root = _root(station, adapter)
+    root = _root(None if adapter else station, adapter)
     try:
         data = update.read_bytes()
     except OSError as error:
@@ -150,6 +182,8 @@ def rollback(station: Station = None, adapter: Adapter = None, json_: JsonOption
     from saec.fleet.slots import Slots
 
     slots = Slots(_root(station, adapter))
+    if slots.pointer.current.version == 0:
+        raise BadInput("nothing to take back: what was fitted counts", where=slots.root)
     with slots.alone():
         version = slots.back().version
     if json_:
@@ -159,15 +193,21 @@ def rollback(station: Station = None, adapter: Adapter = None, json_: JsonOption
 
 
 def versions(station: Station = None, adapter: Adapter = None, json_: JsonOption = False) -> None:
-    """What was applied, refused by its probe set, and taken back, with the figures."""
-    from saec.cli.console import print_json, print_tables
-    from saec.cli.tell import percent
+    """What was applied, refused by its probe set, and taken back, and how right each was on it; --json has all figures.
+
+    Accuracies are those of the version before and of the one that came, where there was a probe set.
+    """
+    from saec.cli.console import print_json, print_tables, say
+    from saec.evaluate.report_words import percent
     from saec.evaluate.table import Table
     from saec.fleet.slots import Slots
 
     pointer = Slots(_root(station, adapter)).pointer
     if json_:
         print_json({"current": pointer.current.version, "history": [dict(entry) for entry in pointer.history]})
+        return
+    if not pointer.history:
+        say("Nothing applied yet: what was fitted counts.")
         return
     columns = ("when", "version", "what", "target", "probe before", "probe after", "state")
     rows = [
@@ -176,8 +216,8 @@ def versions(station: Station = None, adapter: Adapter = None, json_: JsonOption
             "version": entry["version"],
             "what": entry["what"],
             "target": entry.get("target"),
-            "probe before": percent(entry.get("before")),
-            "probe after": percent(entry.get("after")),
+            "probe before": None if entry.get("before") is None else percent(entry["before"]),
+            "probe after": None if entry.get("after") is None else percent(entry["after"]),
             "state": entry["sha256"][:12],
         }
         for entry in pointer.history
@@ -186,12 +226,32 @@ def versions(station: Station = None, adapter: Adapter = None, json_: JsonOption
 
 
 def _root(station: Path | None, adapter: Path | None) -> Path:
-    root = adapter or station
-    if root is None:
+    """Return the one folder that is named, once it is known to be what its option says."""
+    from saec.edge.station import read_manifest
+    from saec.vlm.trained import check_adapter
+
+    if station is not None and adapter is not None:
+        raise BadInput("--station and --adapter name two things", fix="pass one of them")
+    if station is not None:
+        read_manifest(station)
+        return station
+    if adapter is None:
         raise BadInput("nothing named", fix="pass --station or --adapter")
-    if not root.is_dir():
-        raise BadInput("no such folder", where=root)
-    return root
+    check_adapter(adapter)
+    return adapter
+
+
+def _checked(root: Path) -> Path:
+    """Return the folder that counts of a station or an adapter.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    from saec.edge.station import INDEX
+    from saec.fleet.slots import current_folder
+
+    is_station = (root / INDEX).is_file()
+    return current_folder(_root(root if is_station else None, None if is_station else root))
 
 
 def _target_of(folder: Path, product: str | None) -> str:
@@ -200,6 +260,8 @@ def _target_of(folder: Path, product: str | None) -> str:
     from saec.learn.update import ADAPTER, product_target
 
     if not (folder / INDEX).is_file():
+        if product is not None:
+            raise BadInput("an adapter has no products", where=folder, fix="leave --product out")
         return ADAPTER
     products = read_manifest(folder).products
     if product is None and len(products) > 1:
