@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from cli_run import saec
 from cloud_fakes import FakeBackend
 from learn_fakes import JOB, Runner, frames, settings
+from saec.cli import cloud
 from saec.cloud.desk import DeskFull, FramesMissing, Job, JobConflict, JobStatus
+from saec.config import Settings
 from saec.errors import BadInput
 from saec.fleet.frame import BadFrame, Frame, encode_frame, frame_id
 from saec.learn import storage
@@ -268,6 +271,26 @@ def test_a_frame_that_was_damaged_on_the_disk_fails_its_job_and_can_be_sent_agai
         assert desk.missing([name]) == [name]
         assert desk.put(name, data)
     assert file.read_bytes() == data
+
+
+@pytest.mark.parametrize("file", ["station.json", "adapter_config.json", "predictions.jsonl", "ledger.sqlite"])
+def test_a_folder_of_something_else_or_a_file_is_refused_by_the_service_and_left_alone(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(cloud, "backend_of", lambda *_: FakeBackend())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / file).write_text("{}")
+    assert "this is the folder of a" in saec("cloud", "serve", "--learn", other).error()
+    assert [each.name for each in other.iterdir()] == [file]
+    assert "this is a file" in saec("cloud", "serve", "--learn", other / file).error()
+    assert "cannot be written" in saec("cloud", "serve", "--learn", other / file / "desk").error()
+
+
+def test_a_folder_in_which_people_have_put_their_labels_may_become_a_desk(root):
+    (root / "teacher").mkdir(parents=True)
+    (root / "teacher" / "labels.csv").write_text("part,label\n")
+    desk_of = cloud.desk_of(root, None, Settings())
+    desk_of.close()
+    cloud.desk_of(root, None, Settings()).close()
 
 
 # -- bounded

@@ -157,11 +157,13 @@ def desk_of(folder: Path, station: Path | None, settings: Settings) -> Desk:
     """Return the desk in a folder, at which the teacher works.
 
     Raises:
-        BadInput: the folder is in use, or it or the station cannot be used.
+        BadInput: the folder is in use or somebody else's, or it or the station cannot be used.
     """
     from saec.learn.desk import FolderDesk
+    from saec.learn.storage import claim
     from saec.learn.teacher import HOME, Teacher
 
+    claim(folder)
     return FolderDesk(folder, Teacher(folder / HOME, settings, station=station), settings.learn)
 
 

@@ -12,6 +12,30 @@ from saec.errors import BadInput
 from saec.fleet.sqlite_file import lock, sync_folder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_OTHERS = {
+    "station.json": "a station",
+    "adapter_config.json": "an adapter",
+    "predictions.jsonl": "a run",
+    "ledger.sqlite": "a run",
+}
+"""Files by which a folder is known to be something else."""
+
+
+def claim(root: Path) -> None:
+    """Make the folder of a desk, or see that it may be one.
+
+    Raises:
+        BadInput: a file, a folder that is something else, or one that cannot be written.
+    """
+    try:
+        if root.exists() and not root.is_dir():
+            raise BadInput("this is a file", where=root, fix="pass a folder for samples and jobs")
+        for name, what in _OF_OTHERS.items():
+            if (root / name).exists():
+                raise BadInput(f"this is the folder of {what}", where=root, fix="pass one for samples and jobs alone")
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput("the folder cannot be written", where=root, fix=error.strerror or "") from None
 
 
 class Storage:
