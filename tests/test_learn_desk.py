@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ from saec.config import Settings
 from saec.errors import BadInput
 from saec.fleet.frame import BadFrame, Frame, encode_frame, frame_id
 from saec.learn import storage
-from saec.learn.desk import FolderDesk
+from saec.learn.desk import MOST_STARTS, FolderDesk
 
 
 @pytest.fixture
@@ -229,6 +231,51 @@ def test_a_job_that_is_stopped_in_the_middle_is_begun_anew(root):
         desk.start(JOB, {"frames": []})
         assert begun.wait(5)
         assert desk.job(JOB).status is JobStatus.RUNNING
+    with Opened(root) as desk:
+        assert ended(desk).status is JobStatus.DONE
+
+
+def killed_over(root: Path) -> None:
+    """A service that dies the moment that its job has begun, as the kernel ends one that takes all memory."""
+    script = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from saec.config import LearnSettings\n"
+        "from saec.learn.desk import MOST_STARTS, FolderDesk\n"
+        "run = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FolderDesk(Path(sys.argv[1]), run, LearnSettings()).open(lambda queries: [])\n"
+        "time.sleep(30)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, root], timeout=60).returncode == -signal.SIGKILL
+
+
+def test_a_job_that_kills_every_service_fails_in_the_end_and_the_next_one_runs(root):
+    with Opened(root, work=False) as desk:
+        desk.start(JOB, {"note": "greedy", "frames": []})
+        desk.start("f" * 8, {"frames": []})
+    for _ in range(MOST_STARTS):
+        killed_over(root)
+    with Opened(root) as desk:
+        job = ended(desk)
+        assert job.status is JobStatus.FAILED
+        assert job.error == "3 services ended while they were at it: it may take more memory than there is"
+        assert ended(desk, "f" * 8).status is JobStatus.DONE
+        assert desk.start(JOB, {"note": "greedy", "frames": []})[1], "who asks again gets another try"
+        assert ended(desk).status is JobStatus.DONE
+
+
+def test_a_job_that_services_stop_in_order_is_begun_anew_as_often_as_that_happens(root):
+    def endless(request, frame_of, judge, progress):
+        while True:
+            progress(0, 1)
+            time.sleep(0.001)
+
+    with Opened(root, work=False) as desk:
+        desk.start(JOB, {"frames": []})
+    for _ in range(MOST_STARTS + 1):
+        with Opened(root, endless) as desk:
+            while desk.job(JOB).status is not JobStatus.RUNNING:
+                time.sleep(0.001)
     with Opened(root) as desk:
         assert ended(desk).status is JobStatus.DONE
 

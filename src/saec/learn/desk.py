@@ -5,7 +5,8 @@
     updates/<sha256>          what the jobs have made
 
 Jobs run one at a time in one thread, which has the cores that live questions leave. One that had not ended when the
-process did is begun anew by the next, so that a runner must come to the same result when it is called twice.
+process did is begun anew by the next, so that a runner must come to the same result when it is called twice; it fails
+where :data:`MOST_STARTS` services have died over it.
 
 When the folder holds ``learn.desk_bytes``, the oldest ended jobs go, with their updates and the frames that no open job
 names. Open jobs, and frames that no job has named yet, are not thrown away: what does not fit then is refused. Frames
@@ -51,6 +52,9 @@ Returns JSON in which a value may be ``bytes``: an update, which is kept and rep
 KINDS = ("sample",)
 """The frames that are taken."""
 
+MOST_STARTS = 3
+"""A job that was begun so often and has neither ended nor been stopped is what ends the service: it fails."""
+
 _PATIENCE_S = 10.0
 _FORGOTTEN_S = 7 * 86_400.0
 _NICER = 10
@@ -61,7 +65,8 @@ class _Stopped(Exception):
 
 
 class _Record(BaseModel):
-    """A job's file. ``number`` orders jobs by their start, ``updates`` are the SHA-256 of what it made."""
+    """A job's file. ``number`` orders jobs by their start, ``updates`` are the SHA-256 of what it made, ``starts`` how
+    often it was begun and not stopped."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +74,7 @@ class _Record(BaseModel):
     job: Job
     request: dict[str, Any]
     updates: tuple[str, ...] = ()
+    starts: int = 0
 
     @property
     def frames(self) -> frozenset[str]:
@@ -192,22 +198,41 @@ class FolderDesk:
             self._go_on()
             return judge(queries)
 
+        if self._records[job_id].starts >= MOST_STARTS:
+            self._fail(
+                job_id, f"{MOST_STARTS} services ended while they were at it: it may take more memory than there is"
+            )
+            return
+        self._count(job_id, 1)
         self._tell(job_id, status=JobStatus.RUNNING)
         try:
             result, updates = self._kept(self._run(self._records[job_id].request, self._frame, asked, progress))
             done = self._changed(job_id, status=JobStatus.DONE, result=result)
             self._save(done.model_copy(update={"updates": updates}))
-        except Exception as error:  # whatever a runner raises fails its job, never the service
+        except Exception as error:  # noqa: BLE001 - whatever a runner raises fails its job, never the service
             if self._closing.is_set():
+                self._count(job_id, -1)
                 return
             expected = isinstance(error, SaecError)
-            what = str(error) if expected else f"{type(error).__name__}: {error}"
-            logger.warning("job %s failed: %s", job_id, what, exc_info=not expected)
-            self._tell(job_id, status=JobStatus.FAILED, result=None, error=what)
-            try:
-                self._save(self._records[job_id])
-            except (DeskFull, OSError):
-                logger.exception("job %s will be begun anew by the next service", job_id)
+            self._fail(job_id, str(error) if expected else f"{type(error).__name__}: {error}", trace=not expected)
+
+    def _fail(self, job_id: str, what: str, *, trace: bool = False) -> None:
+        logger.warning("job %s failed: %s", job_id, what, exc_info=trace)
+        self._tell(job_id, status=JobStatus.FAILED, result=None, error=what)
+        try:
+            self._save(self._records[job_id])
+        except (DeskFull, OSError):
+            logger.exception("job %s will be begun anew by the next service", job_id)
+
+    def _count(self, job_id: str, more: int) -> None:
+        """Note durably that a job is begun, or stopped in order: of one that kills the service nothing else remains."""
+        record = self._records[job_id]
+        try:
+            # As it waits: the next service begins it anew, however far it is now.
+            waiting = Job(id=job_id)
+            self._save(record.model_copy(update={"job": waiting, "starts": record.starts + more}))
+        except (DeskFull, OSError) as error:
+            logger.warning("the start of job %s is not counted: %s", job_id, error)
 
     def _changed(self, job_id: str, **change: Any) -> _Record:
         record = self._records[job_id]
