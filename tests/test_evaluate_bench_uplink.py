@@ -12,9 +12,13 @@ import pytest
 
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
+import cli_fakes
+from cli_run import saec
+from edge_parts import put
 from saec.config import Settings
+from saec.data.readers import read_dataset
 from saec.errors import BadInput
-from saec.evaluate.bench_masks import bench_masks, rank_correlation, touching
+from saec.evaluate.bench_masks import bench_masks, rank_correlation, touching, with_masks
 from saec.evaluate.bench_uplink import CHOICES, Glance, bench_uplink, crossed, curve, default_ways
 from saec.evaluate.report_svg import alone
 from saec.types import EdgeResult, Evidence, Image, Label, Opinion, Part, Query
@@ -120,8 +124,38 @@ def test_tokens_are_held_against_the_masks_of_the_parts_that_have_one(tower, par
     table = bench_masks(tower, parts, settings(Path("unused")))
     assert [row["chosen by"] for row in table.rows] == list(CHOICES)
     assert "4 parts" in table.notes[0] and "3.1%" in table.notes[0]  # two of 64 tokens lie under the corner
+    parts[1].path.write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"unreadable image .*1\.png .*leave it out"):
+        bench_masks(tower, parts, Settings())
+    with pytest.raises(BadInput, match=r"unreadable image .*1\.png .*leave it out"):
+        bench_uplink(Cloud(), Edge(), tower, parts, Settings(), default_ways(Settings().tokens)[:1])
+
+
+def test_masks_that_cannot_be_told_to_be_a_parts_own_are_no_masks(tmp_path):
+    for name in ("test/defect/0.png", "test/good/1.png", "train/good/2.png", "ground_truth/scratch/0_mask.png"):
+        put(tmp_path / name, np.full((16, 16, 3), 9, np.uint8))
+    with pytest.raises(BadInput, match=r"no masks of these parts' kinds \(defect\)"):
+        with_masks(read_dataset(tmp_path))
+    listed = tmp_path / "screws.csv"
+    listed.write_text("path,label,mask\ntest/defect/0.png,defect,ground_truth/scratch/0_mask.png\n")
+    (part,) = with_masks(read_dataset(listed))
+    assert part.mask == tmp_path / "ground_truth/scratch/0_mask.png"
+    (tmp_path / "ground_truth/scratch").rename(tmp_path / "ground_truth/defect")
+    assert [part.part_id for part in with_masks(read_dataset(tmp_path))] == ["test/defect/0.png"]
     with pytest.raises(BadInput, match="no part has a mask"):
-        bench_masks(tower, parts[::2], Settings())
+        with_masks(read_dataset(tmp_path / "train"))
+
+
+def test_the_command_takes_the_product_that_it_asks_for(tmp_path, monkeypatch):
+    cli_fakes.install(monkeypatch)
+    root, station = cli_fakes.tree(tmp_path / "parts"), tmp_path / "station"
+    assert saec("fit", root, "--out", station).code == 0
+    call, missing = ("bench", "uplink", root, "--station", station), ("--set", f"tokens.model={tmp_path / 'none'}")
+    assert "does not know" in saec(*call, "--product", "stranger").error()
+    known = "bolt"
+    assert "none" in saec(*call, "--product", known, *missing).error(), "the parts are taken; the tower is not there"
+    assert saec(*call, "--limit", "0").code == 2
+    assert "pass --station" in saec("bench", "uplink", root, "--product", known).error()
 
 
 def test_who_finds_the_defect_is_told_from_who_does_not():

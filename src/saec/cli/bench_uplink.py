@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saec.cli.options import ConfigOption, SetOption
+from saec.cli.options import ConfigOption, ProductOption, SetOption
 from saec.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def uplink(
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="At most this many parts, each product and label with its share.")] = 120,
+    product: ProductOption = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="At most this many parts, each product and label with its share.")
+    ] = 120,
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Also draw accuracy over bytes.", show_default=False)
     ] = None,
@@ -49,18 +52,18 @@ def uplink(
     from saec.cli.measured import finish
     from saec.cli.options import dataset_of, load_station, mllm_backend, refuse_learnt, settings_of
     from saec.cloud.backend import close, warm_up
-    from saec.evaluate.bench_masks import bench_masks
+    from saec.evaluate.bench_masks import bench_masks, with_masks
     from saec.evaluate.bench_uplink import bench_uplink, curve, default_ways
     from saec.evaluate.report_svg import alone
     from saec.evaluate.summary import write_atomically
     from saec.vlm.tokens.tower import TowerTokeniser
 
+    if station is None and (chart is not None or product is not None):
+        raise BadInput("without a station masks alone are looked at: no chart, no product", fix="pass --station")
     settings = settings_of(config, set_)
     judge = None if station is None else load_station(station, settings)
-    found = labelled_parts(data, judge, settings, None) if judge else list(dataset_of(data, settings))
-    parts = sample([part for part in found if judge is not None or part.mask is not None], limit)
-    if judge is None and chart is not None:
-        raise BadInput("a chart of what a station's parts cost needs a station", fix="pass --station")
+    found = labelled_parts(data, judge, settings, product) if judge else with_masks(dataset_of(data, settings))
+    parts = sample(found, limit)
     tower = TowerTokeniser.load(settings)
     tables: list[Table] = []
     with steps() as progress:

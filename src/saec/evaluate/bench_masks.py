@@ -9,14 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saec.config import Settings
-from saec.data.decode import read_image
+from saec.data.dataset import Dataset
 from saec.errors import BadInput
 from saec.evaluate.bench_uplink import CHOICES, RATIOS, Glance, Stages, glance
+from saec.evaluate.question import image_of
 from saec.evaluate.table import Cell, Table
-from saec.types import Image, Part
+from saec.types import Image, Label, Part
 from saec.vlm.edge.pixels import fitted
 from saec.vlm.tokens.tower import TowerTokeniser
 from saec.vlm.tokens.uncertainty import most_uncertain
+
+
+def with_masks(dataset: Dataset) -> list[Part]:
+    """Return the parts of a data set that have masks.
+
+    Raises:
+        BadInput: none has one. Where kinds of defects were merged into one folder, masks no longer lie under the name
+            of their part's kind, and which is whose cannot be told.
+    """
+    found = [part for part in dataset if part.mask is not None]
+    if not found:
+        kinds = ", ".join(sorted({part.kind for part in dataset if part.kind and part.label is Label.DEFECT}))
+        merged = (dataset.root / "ground_truth").is_dir() and kinds
+        what = f"ground_truth/ has no masks of these parts' kinds ({kinds})" if merged else "no part has a mask"
+        fix = "masks lie in ground_truth/KIND/NAME_mask.png beside test/KIND/NAME.png, or pass a CSV of path,label,mask"
+        raise BadInput(what, where=dataset.root, fix=fix)
+    return found
 
 
 def bench_masks(
@@ -26,19 +44,17 @@ def bench_masks(
     *,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Table:
-    """Look at the parts that have masks; see :func:`touching`.
+    """Look at the parts that have masks, at least one; see :func:`touching`.
 
     Raises:
-        BadInput: none has one, or a file that cannot be read.
+        BadInput: a file that cannot be read.
     """
     found, stages = [], Stages()
     masked = [(part, part.mask) for part in parts if part.mask is not None]
-    if not masked:
-        raise BadInput("no part has a mask", fix="pass a data set with ground_truth/")
     for at, (part, mask) in enumerate(masked):
         progress("looking at parts with masks", at, len(masked))
-        image = read_image(part.path, max_pixels=settings.data.max_pixels)
-        found.append((_cells(read_image(mask), tower), glance(tower, image, settings.tokens, stages)))
+        image, drawn = (image_of(path, max_pixels=settings.data.max_pixels) for path in (part.path, mask))
+        found.append((_cells(drawn, tower), glance(tower, image, settings.tokens, stages)))
     return touching(found)
 
 

@@ -20,12 +20,11 @@ from saec.calibrate.fusion import FINAL_TAU, fit_fusion
 from saec.calibrate.metrics import auroc
 from saec.cloud import wire
 from saec.config import CloudSettings, Settings, TokenSettings
-from saec.data.decode import read_image
 from saec.errors import BadInput
+from saec.evaluate.question import image_of, question_about
 from saec.evaluate.report_svg import Axis, Chart, Line, draw, nice_ticks
 from saec.evaluate.runner import Station
 from saec.evaluate.table import Cell, Table
-from saec.route.query import build_query
 from saec.types import Backend, Image, Label, Opinion, Part, Query
 from saec.vlm.tokens.tower import TowerTokeniser
 
@@ -140,21 +139,13 @@ def bench_uplink(
     p_edge = np.zeros(len(parts))
     for at, part in enumerate(parts):
         progress("asking in every way", at, len(parts))
-        image = read_image(part.path, max_pixels=settings.data.max_pixels)
+        image = image_of(part.path, max_pixels=settings.data.max_pixels)
         seen = glance(tower, image, settings.tokens, stages)
         result = station.predict(image, part.product)
         p_edge[at] = result.p_defect
         for number, way in enumerate(ways):
-            query = build_query(
-                part.part_id,
-                part.product,
-                image,
-                heatmap=result.heatmap,
-                evidence=result.evidence,
-                p_defect=result.p_defect,
-                uplink=way.uplink,
-            )
-            body = _body(replace(query, evidence=False), way, seen, tower, settings.cloud, stages)
+            query = question_about(part.part_id, part.product, image, result, uplink=way.uplink)
+            body = _body(query, way, seen, tower, settings.cloud, stages)
             sizes[number, at] = len(body)
             p_cloud[number, at] = _answer(backend, body, settings, part)
     truth = np.array([part.label is Label.DEFECT for part in parts])

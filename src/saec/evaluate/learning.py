@@ -22,12 +22,14 @@ from saec.edge.detector import MemoryDetector
 from saec.edge.station import ProductModel, Station, read_manifest
 from saec.errors import BadInput
 from saec.evaluate.arms import arm_settings
+from saec.evaluate.question import question_about
 from saec.evaluate.runner import recorded, run_parts
-from saec.learn.line import Learnt, Line, SampleOf, learn
+from saec.learn.begin import SampleOf
+from saec.learn.line import Learnt, learn
+from saec.learn.round import Line
 from saec.learn.rounds import Arm, Inspected
 from saec.learn.samples import Sample
 from saec.learn.stream import Stream, build_stream
-from saec.route.query import build_query
 from saec.types import CloudClient, Image, Label, Opinion, Part, Query, Tokeniser, Verdict
 from saec.vlm.trained import TRAINED_ON
 
@@ -107,16 +109,9 @@ def sampler(station: Station, settings: Settings, tokeniser: Tokeniser | None = 
         if sha256 != verdict.sha256:
             return None
         result = station.predict(image, verdict.product)
-        query = build_query(
-            verdict.part_id,
-            verdict.product,
-            image,
-            heatmap=result.heatmap,
-            evidence=result.evidence,
-            p_defect=result.p_defect,
-            uplink=settings.cloud.uplink,
-        )
-        query = replace(query if tokeniser is None else tokenised(query, tokeniser), evidence=False)
+        uplink = settings.cloud.uplink
+        query = question_about(verdict.part_id, verdict.product, image, result, uplink=uplink)
+        query = query if tokeniser is None else tokenised(query, tokeniser)
         called = verdict.edge_label or verdict.label
         return Sample(query, sha256, result.score, verdict.scene_score, called, human, verdict.cloud_p_defect)
 
