@@ -17,7 +17,7 @@ import pytest
 
 from cloud_fakes import FakeBackend, query
 from learn_fakes import JOB, Runner, frames, settings
-from saec.cloud import wire
+from saec.cloud import desk_endpoints, wire
 from saec.cloud.desk import DeskFull
 from saec.cloud.service import create_app
 from saec.config import ServeSettings
@@ -275,6 +275,86 @@ async def test_learning_asks_nothing_between_two_live_questions_that_follow_each
         assert await asyncio.gather(first, live()) == [200, 200]
         assert (await ended(client))["status"] == "done"
         assert seen == ["live", "live", "learning"]
+
+
+async def test_a_service_that_is_always_busy_gets_to_learning_too_one_question_after_each_wait(tmp_path, monkeypatch):
+    class Watched(FakeBackend):
+        def judge(self, queries):
+            seen.append(queries[0].part_id)
+            return super().judge(queries)
+
+    monkeypatch.setattr(desk_endpoints, "PATIENCE_S", 0.3)
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    def run(request: Any, frame_of: Any, judge: Any, progress: Any) -> dict[str, Any]:
+        judge([query("learning"), query("learning")])
+        return {}
+
+    async with service(FolderDesk(tmp_path / "desk", run, settings()), Watched(0.02), max_batch=1) as client:
+        question = wire.encode_question(query("live"), [], max_side=64, jpeg_quality=90)
+
+        async def line() -> None:
+            while not done.is_set():
+                answer = await client.post("/v1/judge", content=question, headers={"Content-Type": wire.CONTENT_TYPE})
+                assert answer.status_code == 200
+
+        lines = [asyncio.create_task(line()) for _ in range(3)]  # never a moment without a question
+        while not seen:
+            await asyncio.sleep(0.001)
+        await client.put(f"/v1/learn/jobs/{JOB}", json={})
+        async with asyncio.timeout(20):
+            assert (await ended(client))["status"] == "done"
+        done.set()
+        await asyncio.gather(*lines)
+        first, second = (number for number, part in enumerate(seen) if part == "learning")
+        assert first >= 5, "live questions come first"
+        assert second - first >= 5, "and again before the next one"
+
+
+@asynccontextmanager
+async def stalled(client: httpx.AsyncClient, count: int, announced: int) -> AsyncIterator[None]:
+    """Uploads of which a few bytes have come, and the rest does not."""
+    begun, never = asyncio.Semaphore(0), asyncio.Event()
+
+    async def piece() -> AsyncIterator[bytes]:
+        yield b"abc"
+        begun.release()
+        await never.wait()
+
+    headers = {**FRAME, "Content-Length": str(announced)}
+    paths = [f"/v1/learn/frames/{number:064x}" for number in range(count)]
+    puts = [asyncio.create_task(client.put(path, content=piece(), headers=headers)) for path in paths]
+    try:
+        for _ in puts:
+            await begun.acquire()
+        yield
+    finally:
+        for each in puts:
+            each.cancel()
+        await asyncio.gather(*puts, return_exceptions=True)
+
+
+async def test_uploads_that_stall_stop_nobody_else(desk):
+    some = frames(2)
+    async with service(desk) as client, stalled(client, 20, 1000), asyncio.timeout(5):
+        for each in some.items():
+            assert (await put(client, *each)).status_code == 201
+        assert (await client.post("/v1/learn/missing", json={"frames": []})).status_code == 200
+        assert (await client.put(f"/v1/learn/jobs/{JOB}", json={"frames": list(some)})).status_code == 201
+        update = (await ended(client))["result"]["update"]
+        assert (await client.get(f"/v1/learn/updates/{update}")).status_code == 200
+
+
+async def test_bytes_on_their_way_are_bounded_and_job_reads_need_none(desk):
+    ((name, data),) = frames(1).items()
+    async with service(desk, max_body_bytes=1_000_000) as client:
+        async with stalled(client, 8, 1_000_000), asyncio.timeout(5):
+            answer = await put(client, name, data)
+            assert refusal(answer) == (429, "too many bytes of learning are on their way")
+            assert answer.json()["retry_after_s"] > 0
+            assert refusal(await client.get(f"/v1/learn/jobs/{JOB}")) == (404, "no such job")
+        assert (await put(client, name, data)).status_code == 201, "what was cut off holds nothing"
 
 
 async def test_a_backend_that_fails_under_a_job_fails_that_question_only(tmp_path):
