@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
+from cli_run import Result, saec
+from edge_parts import put
 from saec.config import Settings
 from saec.errors import BadInput
 from saec.types import Image, Opinion, Query, Tokens
 from saec.vlm.tokens.codec import quantised, standardised
 from saec.vlm.tokens.tower import TowerTokeniser
-from saec.vlm.tokens.width import WidthProjector, fit_width, regridded
+from saec.vlm.tokens.width import WidthProjector, fit_width, held_out_r2, regridded
 from test_tokens_uplink import MLLM, as_tokens, backend_of
 from tiny_tower import TOWER_ID, save_loupe, save_tower
 
@@ -71,6 +74,42 @@ def explained(made: WidthProjector, sent: list[Tokens], wanted: np.ndarray) -> f
     """Share of the cloud's tokens' variance that the projector gives back."""
     found = np.stack([made.expand(tokens) for tokens in sent])
     return 1 - float(((found - wanted) ** 2).sum() / ((wanted - wanted.mean(axis=(0, 1))) ** 2).sum())
+
+
+def test_how_well_it_does_is_told_from_images_that_it_was_not_fitted_to():
+    device = RNG.standard_normal((40, 16, 6)).astype(np.float32)
+    linear = device @ RNG.standard_normal((6, 9)).astype(np.float32)
+    noise = RNG.standard_normal((40, 16, 9)).astype(np.float32)
+    assert held_out_r2(device, linear) > 0.99
+    assert held_out_r2(device, linear + np.sqrt(linear.var()) * noise) == pytest.approx(0.5, abs=0.1)
+    assert held_out_r2(device, noise) < 0.02, "what a fit to few images finds in noise is gone on others"
+    assert held_out_r2(device[:4], linear[:4]) is None
+
+
+def test_the_command_says_how_well_the_projector_does_and_warns(tmp_path: Path):
+    save_tower(tmp_path / "device", width=12, seed=3, model_id="device-tower:1")
+    save_tower(tmp_path / "cloud", width=8, seed=0, model_id=TOWER_ID)
+    for seed in range(35):
+        put(tmp_path / "images" / f"{seed}.png", smooth(seed))
+
+    def width(cloud: str, *more: object) -> Result:
+        towers = ("--set", f"tokens.model={tmp_path / 'device'}", "--set", f"mllm.model={tmp_path / cloud}")
+        return saec("vlm", "width", tmp_path / "images", *towers, "--set", "edge.threads=1", *more)
+
+    good = width("cloud", "--out", tmp_path / "width")
+    assert good.code == 0
+    assert float(re.search(r"R² .*: (\d\.\d\d)", good.out).group(1)) > 0.3
+    assert good.err == ""
+    few = width("cloud", "--out", tmp_path / "few", "--limit", "1")
+    assert few.code == 0
+    assert "unknown, too few images" in few.out and "fewer than 30 images" in few.err
+    assert "both towers are the same" in width("device", "--out", tmp_path / "same").err
+
+
+@pytest.mark.parametrize("out", ["nowhere/w", "."])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_looked_at(tmp_path: Path, out: str):
+    said = saec("vlm", "width", tmp_path / "no images", "--out", tmp_path / out).error()
+    assert "no file can be written here" in said
 
 
 def test_a_cloud_answers_tokens_of_a_tower_of_another_width(tmp_path: Path):

@@ -21,6 +21,12 @@ from saec.vlm.tokens.codec import Array
 
 KIND = "width"
 
+FEWEST = 30
+"""Images from which on a projector can be expected to hold for others."""
+
+HELD_OUT = 5
+"""Every so manieth image is held out to say how well a projector does."""
+
 _MOST_BYTES = 1 << 28
 
 
@@ -47,7 +53,11 @@ class WidthProjector:
             raise BadInput(what, where=tokens.model_id, fix=fix)
         found = np.zeros((tokens.total, tokens.levels.shape[1]), np.float32)
         found[tokens.indices] = tokens.levels * np.float32(tokens.scale)
-        return np.asarray(regridded(found, self.side) @ self.weight.T + self.bias)
+        return self.across(found)
+
+    def across(self, coordinates: Array) -> Array:
+        """Return the tokens [side^2, W] that coordinates [L, D] become."""
+        return np.asarray(regridded(coordinates, self.side) @ self.weight.T + self.bias)
 
     def save(self, file: Path) -> None:
         """Write it.
@@ -101,6 +111,22 @@ def fit_width(device: Array, cloud: Array, *, source: str, target: str, ridge: f
     weight = (solved / scale[:, None]).T
     bias = mean - weight @ middle
     return WidthProjector(source, target, side, weight.astype(np.float32), bias.astype(np.float32))
+
+
+def held_out_r2(device: Array, cloud: Array, *, ridge: float = 1.0) -> float | None:
+    """Return R^2 of a projector on every fifth image, fitted to the others: 1 gives all of the variance of the cloud's
+    tokens back, 0 none. ``None`` where there are too few images to hold one out.
+
+    Args:
+        device, cloud, ridge: as in :func:`fit_width`.
+    """
+    unseen = np.arange(len(device)) % HELD_OUT == HELD_OUT - 1
+    if not unseen.any():
+        return None
+    made = fit_width(device[~unseen], cloud[~unseen], source="", target="", ridge=ridge)
+    found, wanted = np.stack([made.across(each) for each in device[unseen]]), cloud[unseen]
+    around = wanted - cloud[~unseen].mean(axis=(0, 1))
+    return 1 - float(((found - wanted) ** 2).sum() / max(float((around**2).sum()), 1e-12))
 
 
 def regridded(tokens: Array, side: int) -> Array:
