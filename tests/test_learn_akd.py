@@ -101,13 +101,14 @@ def test_where_a_person_knew_better_the_teacher_teaches_no_answer():
     assert terms(seen(1), seen(2), p=1 - LABELS)["language"] == 0.0
 
 
-def test_a_sample_counts_as_much_as_its_weight_says():
-    widths, none = projections(8, 8), DistillSettings(weight_features=0, weight_language=0)
-    sums = [
-        float(akd_terms(seen(1), seen(2), LABELS, torch.tensor(w), widths, none)["answer"])
-        for w in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0])
-    ]
-    assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-6)
+def test_a_label_counts_as_much_as_its_weight_says_and_what_the_teacher_sees_counts_whatever_it_is():
+    widths = projections(8, 8)
+    weights = ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0])
+    found = [akd_terms(seen(1), seen(2), LABELS, torch.tensor(weight), widths, ALL) for weight in weights]
+    whole, some, rest = ({name: float(term.detach()) for name, term in terms.items()} for terms in found)
+    assert whole["answer"] == pytest.approx(some["answer"] + rest["answer"], rel=1e-6)
+    for name in ("query", "language", "logits"):
+        assert whole[name] == some[name] == rest[name] > 0
 
 
 def test_other_widths_and_other_numbers_of_tokens_are_brought_together():

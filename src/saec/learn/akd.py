@@ -1,6 +1,6 @@
 """Adapter-based knowledge distillation (CD-CCA, Wang et al., CVPR 2024): the loss.
 
-    loss = CE(answer, label) + w_features L(query) + w_language L(language) + w_logits KL(teacher || student)
+    loss = weight CE(answer, label) + w_features L(query) + w_language L(language) + w_logits KL(teacher || student)
     L(h) = MSE(A h_s, h_t) + sum over three levels j of the mean |high_j(W(A h_s)) - high_j(W(h_t))|
 
 ``A`` is a learned projection to the teacher's width, ``W`` the wavelet transform along the tokens
@@ -35,11 +35,13 @@ def projections(student: int, teacher: int, *, seed: int = 0) -> nn.ModuleDict:
 def akd_terms(
     student: Seen, teacher: Seen, p_defect: Tensor, weight: Tensor, widths: nn.ModuleDict, settings: DistillSettings
 ) -> dict[str, Tensor]:
-    """Return the weighted terms of the loss by name, each summed over the samples; a weight of 0 leaves its term out.
+    """Return the weighted terms of the loss by name, each summed over the samples; a weight of 0 in ``settings`` leaves
+    its term out.
 
-    ``p_defect`` [B] are the labels, soft or 0 and 1, and ``weight`` [B] says how much each counts. Where a label and
-    the teacher's own answer are on different sides of one half, somebody knew better than the teacher: there its
-    hidden states and logits teach nothing.
+    ``p_defect`` [B] are the labels, soft or 0 and 1, and ``weight`` [B] says how much each label counts, in the term of
+    the answer alone: a part whose label counts for nothing still shows what the teacher sees in it. Where a label and
+    the teacher's own answer are on different sides of one half, somebody knew better than the teacher, whatever the
+    weight of the label: there its hidden states and logits teach nothing.
 
     The teacher's features must carry no gradient. Where it has another number of tokens than the student, its sequence
     is brought to the student's length: two square grids of visual tokens bilinearly over the grid, all else linearly

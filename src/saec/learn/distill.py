@@ -45,7 +45,7 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """A part to learn from. ``p_defect`` is the label: a teacher's, soft, or a person's, 0 or 1, which wins.
-    ``weight`` says how much it counts; ``sha256`` is that of the image's file."""
+    ``weight`` says how much that label counts; ``sha256`` is that of the image's file."""
 
     query: Query
     sha256: str
