@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from saec.cloud.desk import FrameNames, Job, JobStatus
+from saec.cloud.desk import FrameNames, FramesMissing, Job, JobStatus
 from saec.cloud.transport import Reply, Uplink
 from saec.config import CloudSettings
 from saec.errors import first_problem
@@ -32,11 +32,39 @@ M = TypeVar("M", bound=BaseModel)
 Progress = Callable[[int, int], None]
 """Called with what is done and all there is to do."""
 
+OnWait = Callable[[CloudError, float], None]
+"""Called with why there was no answer, and for how many seconds it will be tried again."""
+
 _JSON = "application/json"
 _AT_ITS_END = 416  # nothing is left to download
 _NAMES = 1000  # asked about at once
 _FIRST_WAIT_S, _MOST_WAIT_S = 0.1, 5.0
 _MOST_POLL_S = 2.0
+_CHECK_S = 10.0
+_CONFLICT = 409
+_CHANGED_FIRST = (413, 415, 422)
+
+
+class ServiceRefused(CloudError):
+    """The service has said no. ``fix`` is what it says is to be done, ``""`` where it says nothing; ``missing`` are
+    names that it lacks."""
+
+    def __init__(self, reply: Reply) -> None:
+        plain = reply.refusal()
+        super().__init__(plain.reason, str(plain), retry_after_s=plain.retry_after_s)
+        self.status = reply.status
+        self.fix = str(reply.problem.get("fix") or "")
+        missing = reply.problem.get("missing")
+        self.missing = tuple(map(str, missing)) if isinstance(missing, list) else ()
+
+    @property
+    def for_good(self) -> bool:
+        """Whether the same request would be refused for ever: what it holds has to change first."""
+        return self.status in _CHANGED_FIRST
+
+
+class JobFailed(CloudError):
+    """A job has failed; asked for again, the same job would fail again."""
 
 
 class LearnClient:
@@ -45,9 +73,17 @@ class LearnClient:
     ``bytes_up`` and ``bytes_down`` are those of the requests' and answers' bodies, repeated ones included.
     """
 
-    def __init__(self, url: str, settings: CloudSettings, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        settings: CloudSettings,
+        *,
+        on_wait: OnWait = lambda error, seconds: None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         self._uplink = Uplink(url, token=settings.token, connections=1, transport=transport)
         self._patience_s = settings.timeout_s
+        self._on_wait = on_wait
 
     @property
     def bytes_up(self) -> int:
@@ -58,6 +94,18 @@ class LearnClient:
     def bytes_down(self) -> int:
         """Bytes that came down so far."""
         return self._uplink.bytes_received
+
+    def check(self) -> None:
+        """Ask once whether a service that learns is there and takes the token, without waiting for one.
+
+        Raises:
+            CloudError: nobody answers, or something else; :class:`ServiceRefused`: it does not learn, or not with us.
+        """
+        try:
+            self._missing([], time.monotonic() + _CHECK_S, patient=False)
+        except ServiceRefused as error:
+            if error.reason is Reason.CLOUD_BAD_ANSWER:
+                raise  # else it is there, and busy
 
     def send(self, outbox: Outbox, *, deadline_s: float, progress: Progress = lambda done, total: None) -> int:
         """Send what waits, in order, and return the number of frames that went up.
@@ -87,17 +135,24 @@ class LearnClient:
         """Start a job, or find it started: the same id and request are the same job.
 
         Raises:
+            FramesMissing: the service lacks some of its frames: send them, then start it again.
             CloudError: refused, or no answer by the deadline.
         """
         body = json.dumps(request, sort_keys=True, allow_nan=False).encode()
         deadline = time.monotonic() + deadline_s
-        return _parsed(Job, self._ask("PUT", f"jobs/{job_id}", deadline, body=body, kind=_JSON))
+        try:
+            return _parsed(Job, self._ask("PUT", f"jobs/{job_id}", deadline, body=body, kind=_JSON))
+        except ServiceRefused as error:
+            if error.status == _CONFLICT and error.missing:
+                raise FramesMissing(error.missing) from None
+            raise
 
     def finish(self, job_id: str, *, deadline_s: float, progress: Progress = lambda done, total: None) -> Job:
         """Wait until a job is done and return it with its result.
 
         Raises:
-            CloudError: it failed, is not known, or is not done by the deadline.
+            JobFailed: it failed, for good.
+            CloudError: it is not known, or is not done by the deadline.
         """
         deadline = time.monotonic() + deadline_s
         wait = _FIRST_WAIT_S
@@ -105,7 +160,7 @@ class LearnClient:
             job = _parsed(Job, self._ask("GET", f"jobs/{job_id}", deadline))
             progress(job.done, job.total)
             if job.status is JobStatus.FAILED:
-                raise CloudError(Reason.CLOUD_BAD_ANSWER, f"the job failed: {job.error}")
+                raise JobFailed(Reason.CLOUD_BAD_ANSWER, f"the job failed: {job.error}")
             if job.ended:
                 return job
             if time.monotonic() + wait >= deadline:
@@ -147,11 +202,13 @@ class LearnClient:
         try:
             self._ask("PUT", f"frames/{name}", deadline, body=data, kind=CONTENT_TYPE)
         except CloudError as error:
-            raise CloudError(error.reason, f"frame {name}: {error}") from None
+            error.args = (f"frame {name}: {error}",)
+            raise
 
-    def _missing(self, names: list[str], deadline: float) -> tuple[str, ...]:
+    def _missing(self, names: list[str], deadline: float, *, patient: bool = True) -> tuple[str, ...]:
         body = FrameNames(frames=tuple(names)).model_dump_json().encode()
-        return _parsed(FrameNames, self._ask("POST", "missing", deadline, body=body, kind=_JSON)).frames
+        reply = self._ask("POST", "missing", deadline, body=body, kind=_JSON, patient=patient)
+        return _parsed(FrameNames, reply).frames
 
     def _fetch(self, sha256: str, part: Path, most: int, deadline: float) -> None:
         """Append to ``part`` until it is complete, each try going on where the last one ended."""
@@ -167,30 +224,40 @@ class LearnClient:
         body: bytes = b"",
         kind: str | None = None,
         into: _Growing | None = None,
+        patient: bool = True,
     ) -> Reply:
-        """Ask until there is an answer, or the deadline comes. Bad answers would stay bad and are raised at once."""
+        """Ask until there is an answer, or the deadline comes; once only unless ``patient``. Bad answers would stay bad
+        and are raised at once."""
         wait = _FIRST_WAIT_S
         while True:
-            headers = {"Content-Type": kind} if kind else {} if into is None else into.headers()
             try:
-                reply = self._uplink.request(
-                    method,
-                    f"/v1/learn/{path}",
-                    deadline=deadline,
-                    body=body,
-                    headers=headers,
-                    patience_s=self._patience_s,
-                    sink=None if into is None else into.sink,
-                )
-                if reply.status not in (200, 201, 206, _AT_ITS_END):
-                    raise reply.refusal()
-                return reply
+                return self._asked_once(method, path, deadline, body=body, kind=kind, into=into)
             except CloudError as error:
                 pause = max(wait * random.uniform(0.5, 1), error.retry_after_s or 0)
-                if error.reason is Reason.CLOUD_BAD_ANSWER or time.monotonic() + pause >= deadline:
+                late = time.monotonic() + pause >= deadline
+                if not patient or late or error.reason is Reason.CLOUD_BAD_ANSWER:
                     raise
+                if wait == _FIRST_WAIT_S:
+                    self._on_wait(error, deadline - time.monotonic())
             time.sleep(pause)
             wait = min(2 * wait, _MOST_WAIT_S)
+
+    def _asked_once(
+        self, method: str, path: str, deadline: float, *, body: bytes, kind: str | None, into: _Growing | None
+    ) -> Reply:
+        headers = {"Content-Type": kind} if kind else {} if into is None else into.headers()
+        reply = self._uplink.request(
+            method,
+            f"/v1/learn/{path}",
+            deadline=deadline,
+            body=body,
+            headers=headers,
+            patience_s=self._patience_s,
+            sink=None if into is None else into.sink,
+        )
+        if reply.status not in (200, 201, 206, _AT_ITS_END):
+            raise ServiceRefused(reply)
+        return reply
 
 
 class _Growing:

@@ -1,14 +1,15 @@
 """The outbox: frames that wait to go up, in an SQLite file that survives a killed process and a power cut.
 
-A frame is here from the moment that :meth:`Outbox.put` returns until the service has acknowledged it. The outbox never
-throws anything away: when its bytes are used up it refuses what is new, and says so.
+A frame is here from the moment that :meth:`Outbox.put` returns until the service has acknowledged it, or its owner does
+not want it to go up any more. The outbox never throws anything away by itself: when its bytes are used up it refuses
+what is new, and says so.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from saec.errors import BadInput
@@ -98,6 +99,10 @@ class Outbox:
                 self._db.execute("BEGIN IMMEDIATE")
                 freed = [self._delete(name) for name in names]
             self._size -= sum(freed)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Let go of all frames but these: nobody wants the others to go up any more."""
+        self.acknowledge([name for name in self.pending() if name not in names])
 
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
