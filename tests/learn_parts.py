@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,14 @@ import numpy as np
 
 from edge_parts import SETTINGS, blotted, dataset, defects, good_parts, plate, put
 from saec.cloud.desk import Job, JobStatus
+from saec.cloud.learning import JobFailed
 from saec.config import Settings
 from saec.data.decode import read_with_hash
 from saec.edge.fit import fit_station
 from saec.edge.station import Station
+from saec.fleet.frame import Frame, decode_frame
 from saec.fleet.outbox import Outbox
-from saec.learn.desk import FolderDesk
+from saec.learn.desk import KINDS, FolderDesk
 from saec.learn.line import Line
 from saec.learn.samples import Sample
 from saec.learn.teacher import Teacher
@@ -117,6 +120,7 @@ class DeskClient:
         self.teacher = Teacher(home / "teacher", settings, **more)
         self.desk = FolderDesk(home, self.teacher, settings.learn)
         self.asked: list[Query] = []
+        self.sent: list[Frame] = []
         self.bytes_up = self.bytes_down = 0
         self.broken = ""
 
@@ -126,11 +130,15 @@ class DeskClient:
 
         self.desk.open(judge_all)
 
+    def check(self) -> None:
+        """It is there."""
+
     def send(self, outbox: Outbox, **_: Any) -> int:
         self._fail("send")
         names = outbox.pending()
         for name in names:
             self.bytes_up += len(outbox.read(name))
+            self.sent.append(decode_frame(outbox.read(name), kinds=KINDS, most=10**9))
             self.desk.put(name, outbox.read(name))
             outbox.acknowledge([name])
         return len(names)
@@ -142,9 +150,9 @@ class DeskClient:
     def finish(self, job_id: str, **_: Any) -> Job:
         self._fail("finish")
         while not (job := self.desk.job(job_id)).ended:
-            pass
+            time.sleep(0.005)
         if job.status is JobStatus.FAILED:
-            raise CloudError(Reason.CLOUD_BAD_ANSWER, job.error)
+            raise JobFailed(Reason.CLOUD_BAD_ANSWER, f"the job failed: {job.error}")
         return job
 
     def download(self, sha256: str, target: Path, **_: Any) -> None:

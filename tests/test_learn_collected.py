@@ -13,9 +13,10 @@ from saec.config import LearnSettings
 from saec.errors import BadInput
 from saec.fleet.frame import decode_frame, encode_frame, frame_id
 from saec.learn.collected import collected
+from saec.learn.judged import LABELS
 from saec.learn.rulings import OPINIONS
 from saec.learn.samples import SAMPLE, encode_sample, for_probe
-from saec.learn.teacher import HOME, LABELS, Teacher
+from saec.learn.teacher import HOME, Teacher
 
 LEARN = LearnSettings()
 """Sure enough is 0.7."""

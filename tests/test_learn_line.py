@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import saec.learn.line
 from edge_parts import SETTINGS, defects, good_parts
 from learn_parts import DeskClient, accuracy, fitted, judged, line_of, new_parts, sampler
 from saec.edge.station import Station
+from saec.errors import BadInput
 from saec.fleet.slots import Slots
-from saec.learn.line import ROUND, learn
+from saec.learn.line import learn
 from saec.learn.probe import probe_set
+from saec.learn.round import ROUND
 from saec.learn.rulings import OPINIONS, open_rulings
 from saec.learn.samples import for_probe
 from saec.types import CloudError, Evidence, Label, Opinion
@@ -73,16 +77,18 @@ def test_a_round_that_was_cut_off_goes_on_and_comes_to_the_same(tmp_path, line, 
     assert not (line.home / ROUND).exists()
 
 
-def test_a_kill_after_the_switch_is_no_replay(tmp_path, line, client):
-    parts = new_parts(tmp_path / "parts", 9)
-    client.broken = "start"
-    with pytest.raises(CloudError):
-        one_round(line, client, parts)
-    saved = (line.home / ROUND).read_text()
-    first = one_round(line, client, [])
-    (line.home / ROUND).write_text(saved)  # as a kill before the last step would leave it
-    again = one_round(line, client, [])
-    assert again.applied == first.applied
+@pytest.mark.parametrize("where", ["cloud", "line"])
+def test_a_kill_after_the_switch_is_no_replay(tmp_path, line, monkeypatch, where):
+    client = DeskClient(tmp_path / "cloud", SETTINGS, station=line.station if where == "cloud" else None)
+    verdicts = judged(current(line), new_parts(tmp_path / "parts", 9))
+    with monkeypatch.context() as patched:
+        patched.setattr(saec.learn.line, "_close", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            learn(line, verdicts, client, sampler(current(line)))
+    assert Slots(line.station).pointer.highest == 1
+    found = learn(line, verdicts, client, sampler(current(line)))
+    client.close()
+    assert (found.taught, found.applied.version, found.applied.kept) == (where, 1, True)
     assert Slots(line.station).pointer.highest == 1
 
 
@@ -163,9 +169,10 @@ def test_without_compression_the_update_is_larger_and_teaches_the_same(tmp_path)
 
 def test_a_damaged_round_is_named_in_one_line(tmp_path, line, client):
     line.home.mkdir(parents=True)
-    (line.home / ROUND).write_text("{half")
-    with pytest.raises(Exception, match=r"the round is damaged.*round\.json"):
-        one_round(line, client, [])
+    for text in ("{half", "{}", "[]"):
+        (line.home / ROUND).write_text(text)
+        with pytest.raises(BadInput, match=r"the round is damaged.*round\.json \(remove the file"):
+            one_round(line, client, [])
 
 
 def test_the_round_on_the_disk_holds_no_image(tmp_path, line, client):
@@ -173,4 +180,6 @@ def test_the_round_on_the_disk_holds_no_image(tmp_path, line, client):
     with pytest.raises(CloudError):
         one_round(line, client, new_parts(tmp_path / "parts", 6))
     tree = json.loads((line.home / ROUND).read_text())
-    assert {Path(sample["path"]).name for sample in tree["samples"].values()} == {f"{n:03}.png" for n in range(6)}
+    assert {Path(sample["verdict"]["path"]).name for sample in tree["samples"].values()} == {
+        f"{n:03}.png" for n in range(6)
+    }

@@ -14,9 +14,10 @@ from saec.edge.station import Station
 from saec.errors import BadInput
 from saec.fleet.frame import Frame
 from saec.learn.line import learn
+from saec.learn.judged import LABELS
 from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, read_labels
 from saec.learn.samples import decode_sample, encode_sample
-from saec.learn.teacher import LABELS, Teacher
+from saec.learn.teacher import Teacher
 from saec.learn.teaching import lessons_of
 from saec.types import Label
 

@@ -233,7 +233,8 @@ def _fitted(out: Path, fitting: Dataset, settings: Settings, plan: Plan, dials: 
 
 def _write_labels(desk: Path, stream: Stream) -> None:
     """Put the data set's labels where the cloud looks for people's."""
-    from saec.learn.teacher import HOME, LABELS
+    from saec.learn.judged import LABELS
+    from saec.learn.teacher import HOME
 
     folder = desk / HOME
     folder.mkdir(parents=True, exist_ok=True)

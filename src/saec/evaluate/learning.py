@@ -24,9 +24,7 @@ from saec.errors import BadInput
 from saec.evaluate.arms import arm_settings
 from saec.evaluate.question import question_about
 from saec.evaluate.runner import recorded, run_parts
-from saec.learn.begin import SampleOf
-from saec.learn.line import Learnt, learn
-from saec.learn.round import Line
+from saec.learn.line import Learnt, Line, SampleOf, learn
 from saec.learn.rounds import Arm, Inspected
 from saec.learn.samples import Sample
 from saec.learn.stream import Stream, build_stream

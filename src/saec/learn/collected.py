@@ -9,9 +9,10 @@ from pathlib import Path
 from saec.config import Settings
 from saec.errors import BadInput
 from saec.fleet.frame import BadFrame, decode_frame, frame_id
+from saec.learn.judged import LABELS, shown
 from saec.learn.rulings import OPINIONS, Ruling, open_rulings, read_labels
 from saec.learn.samples import SAMPLE, decode_sample, for_probe
-from saec.learn.teacher import HOME, LABELS, shown
+from saec.learn.teacher import HOME
 from saec.learn.teaching import counts
 from saec.types import Label, Query
 

@@ -1,78 +1,55 @@
 """The line's side of a round of learning: samples up, opinions and an update down, applied where the probe set agrees.
 
 All that a round has begun lies in the station's folder, so that a killed one goes on where it was: the frames in the
-outbox, the request in ``round.json``, what came of it in ``opinions.jsonl``, the probe set's images in ``probe/``.
+outbox, the round in ``round.json``, what came of it in ``opinions.jsonl`` and ``samples.jsonl``, the probe set's images
+in ``probe/``. Only frames of the open round go up, made as the settings are now.
+
 Where the cloud sends opinions alone, because it has seen tokens or crops only or has no copy of this station, the line
 teaches itself from its own images, through the same update, slots and probe set.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from saec.cloud.learning import LearnClient
-from saec.config import Settings
-from saec.data.hashing import sha256_json
-from saec.data.manifest import write_atomic
-from saec.edge.station import ProductModel, Station, folder_name
-from saec.errors import BadInput
-from saec.fleet.frame import encode_frame
+from saec.cloud.desk import FramesMissing
+from saec.cloud.learning import JobFailed, LearnClient, ServiceRefused
 from saec.fleet.outbox import Outbox
 from saec.fleet.slots import Slots
-from saec.learn.apply import Applied, apply_update
-from saec.learn.probe import keep_for_probe, own_image, probe_of, probe_set, tidy_probe_set
-from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, parse_rulings
-from saec.learn.samples import Sample, choose, encode_sample
-from saec.learn.state import station_state
-from saec.learn.teacher import Request
-from saec.learn.teaching import Without, lessons_of, teach
+from saec.learn.answer import Answer, answer_of
+from saec.learn.apply import Applied
+from saec.learn.begin import Passed, SampleOf, anew, begin
+from saec.learn.past import End, add_past
+from saec.learn.probe import probe_set, tidy_probe_set
+from saec.learn.round import ROUND, Line, Round, RoundOver, alone, given_by
+from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings
+from saec.learn.settle import UPDATE, Made, Step, applied_here, settled_update, taught_here
+from saec.learn.teaching import Without
 from saec.learn.update import Refused
-from saec.types import Image, Label, Verdict
+from saec.types import Label, Verdict
 
-ROUND, OUTBOX = "round.json", "outbox.sqlite"
+__all__ = ["DEADLINE_S", "Learnt", "Line", "SampleOf", "learn"]
+
+OUTBOX = "outbox.sqlite"
 
 DEADLINE_S = 3600.0
 """Longest wait for the cloud, in each step."""
 
-Step = Callable[[str, int, int], None]
-"""``(step, done, total)``."""
-
-SampleOf = Callable[[Verdict, Label | None], Sample | None]
-"""Reads a verdict's image and makes the sample, with a person's label if there is one; ``None``: the image is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One product of a station on a line. ``station`` is its folder, with its slots. Samples go up as
-    ``settings.cloud.uplink`` says; ``settings.learn`` says the rest."""
-
-    station: Path
-    product: str
-    settings: Settings
-
-    @property
-    def home(self) -> Path:
-        """Where rounds lie: in the station's folder, with which they go when another is fitted in its place."""
-        return self.station / "learn" / folder_name(self.product)
-
-    @property
-    def key(self) -> bytes | None:
-        """What updates are authenticated with: the cloud service's token."""
-        token = self.settings.cloud.token
-        return None if token is None else token.encode()
+Tell = Callable[[str], None]
+"""Told in one line what the caller should know while it waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
     """What came of a round. ``bytes_*`` are those of this call, ``update_bytes`` of the update, made here or there;
-    ``applied`` is ``None`` where nothing was to be taught."""
+    ``applied`` is ``None`` where nothing was to be taught, ``nothing`` says why if the cloud or the teaching did.
+
+    ``probes`` is the number of parts that the update was measured on, ``failures`` that of samples that could not be
+    judged, ``failure`` the first reason. ``passed`` are the parts that were no samples. ``earlier`` is the round that
+    this call has ended before it began this one.
+    """
 
     samples: int
     rulings: tuple[Ruling, ...] = ()
@@ -82,6 +59,12 @@ class Learnt:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    probes: int = 0
+    failures: int = 0
+    failure: str | None = None
+    nothing: str | None = None
+    passed: Passed = field(default_factory=Passed)
+    earlier: Learnt | None = None
 
 
 def learn(
@@ -95,8 +78,9 @@ def learn(
     without: Collection[Without] = (),
     seed: int = 0,
     step: Step = lambda name, done, total: None,
+    tell: Tell = lambda what: None,
 ) -> Learnt:
-    """Run one round, or go on with the one that was cut off, and apply what it brings.
+    """Run one round and apply what it brings, after the one that was cut off, if there is one.
 
     Args:
         line: who learns.
@@ -108,175 +92,157 @@ def learn(
         without: see :func:`saec.learn.teaching.teach`.
         seed: of the lot.
         step: told how far it is.
+        tell: told what happens to a round that was cut off.
 
     Raises:
+        RoundOver: the round has ended without an update.
         CloudError: the cloud did not do its part; the next call goes on.
         Refused: the update must not be applied here; the round is over.
-        BadInput: the station or the round's folder is damaged or in use.
+        BadInput: the station or the round's folder is damaged, or another process learns here.
     """
-    begun, up, down = time.monotonic(), client.bytes_up, client.bytes_down
-    line.home.mkdir(parents=True, exist_ok=True)
-    with Outbox(line.home / OUTBOX, most_bytes=line.settings.learn.outbox_bytes) as outbox:
-        round_ = _open_round(line)
-        if round_ is None:
-            round_ = _new_round(
+    given = given_by(verdicts, labels or {})
+    with alone(line.home):
+        work = _Work(line, client, sample_of, step, tell)
+        open_, earlier = Round.load(line.home), None
+        if open_ is not None:
+            tell(f"{line.product}: goes on with the round begun at {open_.begun}")
+            try:
+                earlier = work.go(open_)
+            except (RoundOver, Refused) as error:
+                if open_.given == given:
+                    raise
+                tell(f"{line.product}: {error}")
+            if open_.given == given and earlier is not None:
+                return earlier
+        with work.outbox() as outbox:
+            round_, passed = begin(
                 line, verdicts, outbox, sample_of, labels or {}, uncertain=uncertain, without=without, seed=seed
             )
         if round_ is None:
-            return Learnt(0)
-        client.send(outbox, deadline_s=DEADLINE_S, progress=lambda done, total: step("sending samples", done, total))
-    job = client.start(round_["job"], round_["request"], deadline_s=DEADLINE_S)
-    job = client.finish(
-        job.id, deadline_s=DEADLINE_S, progress=lambda done, total: step("the cloud teaches", done, total)
-    )
-    result = job.result or {}
-    rulings = parse_rulings(result.get("opinions"), where=round_["job"])
-    try:
-        taught, data = _update_of(line, round_, result, rulings, client, step)
-        applied = None if data is None else _apply(line, round_, data, rulings)
-    except Refused:
-        _close_round(line, rulings)
-        raise
-    _close_round(line, rulings)
-    return Learnt(
-        samples=len(round_["samples"]),
-        rulings=tuple(rulings),
-        taught=taught,
-        applied=applied,
-        update_bytes=0 if data is None else len(data),
-        bytes_up=client.bytes_up - up,
-        bytes_down=client.bytes_down - down,
-        seconds=time.monotonic() - begun,
-    )
+            return Learnt(0, passed=passed) if earlier is None else earlier
+        return replace(work.go(round_), passed=passed, earlier=earlier)
 
 
-def _open_round(line: Line) -> dict[str, Any] | None:
-    """Return the round that was cut off, ``None`` where there is none."""
-    try:
-        found: dict[str, Any] = json.loads((line.home / ROUND).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise BadInput(f"the round is damaged ({error})", where=line.home / ROUND, fix="remove the file") from None
-    return found
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A round from its request to its end, with what that takes."""
+
+    line: Line
+    client: LearnClient
+    sample_of: SampleOf
+    step: Step
+    tell: Tell
+
+    def outbox(self) -> Outbox:
+        return Outbox(self.line.home / OUTBOX, most_bytes=self.line.settings.learn.outbox_bytes)
+
+    def go(self, round_: Round) -> Learnt:
+        """Bring a round to its end, from wherever it is."""
+        client, begun = self.client, time.monotonic()
+        up, down = client.bytes_up, client.bytes_down
+        rulings: Sequence[Ruling] = ()
+        try:
+            settled = settled_update(self.line, round_)
+            if settled is None:
+                round_ = self._fitting(round_)
+            if round_.result is None:
+                round_ = self._answered(round_)
+            answer = answer_of(round_)
+            rulings = answer.opinions
+            taught, data, nothing = self._update_of(round_, answer, settled)
+            probes = probe_set(self.line.home, rulings, self.line.settings)
+            applied = settled or (None if data is None else applied_here(self.line, data, probes))
+        except (RoundOver, Refused):
+            _close(self.line, round_, rulings, "over")
+            raise
+        _close(self.line, round_, rulings, "over" if applied is None else "learnt" if applied.kept else "dropped")
+        return Learnt(
+            samples=len(round_.samples),
+            rulings=tuple(rulings),
+            taught=taught,
+            applied=applied,
+            update_bytes=0 if data is None else len(data),
+            bytes_up=client.bytes_up - up,
+            bytes_down=client.bytes_down - down,
+            seconds=time.monotonic() - begun,
+            probes=0 if applied is None else len(probes),
+            failures=answer.failed,
+            failure=answer.failure,
+            nothing=nothing,
+        )
+
+    def _fitting(self, round_: Round) -> Round:
+        """Return the round if it is still of use as it is, else one begun anew with the same parts."""
+        uplink, pointer, asked = self.line.settings.cloud.uplink, Slots(self.line.station).pointer, round_.asked
+        if round_.result is None and round_.uplink != uplink:
+            why = f"samples go up as {uplink} now, not as {round_.uplink}"
+        elif asked.previous != pointer.current.version or asked.version <= pointer.highest:
+            why = f"the station is at version {pointer.current.version} now"
+        else:
+            return round_
+        self.tell(f"{self.line.product}: {why}: the round is begun anew, what was made for it before stays here")
+        return self._anew(round_)
+
+    def _anew(self, round_: Round) -> Round:
+        with self.outbox() as outbox:
+            return anew(self.line, round_, outbox, self.sample_of)
+
+    def _answered(self, round_: Round) -> Round:
+        """Send the round's frames, have its job done, and return the round with the answer, which is on the disk."""
+        try:
+            try:
+                result = self._asked(round_)
+            except FramesMissing as error:
+                self.tell(f"{self.line.product}: the service lacks {len(error.names)} frames; they go up again")
+                round_ = self._anew(round_)
+                result = self._asked(round_)
+        except (JobFailed, FramesMissing) as error:
+            raise RoundOver(str(error)) from None
+        except ServiceRefused as error:
+            if not error.for_good:
+                raise
+            raise RoundOver(f"{error}{error.fix and f' ({error.fix})'}") from None
+        round_ = round_.model_copy(update={"result": result})
+        round_.save(self.line.home)
+        return round_
+
+    def _asked(self, round_: Round) -> dict[str, object]:
+        def sending(done: int, total: int) -> None:
+            self.step("sending samples", done, total)
+
+        def teaching(done: int, total: int) -> None:
+            self.step("the cloud teaches", done, total)
+
+        with self.outbox() as outbox:
+            outbox.keep_only(round_.samples)
+            self.client.send(outbox, deadline_s=DEADLINE_S, progress=sending)
+        job = self.client.start(round_.job, round_.request, deadline_s=DEADLINE_S)
+        return dict(self.client.finish(job.id, deadline_s=DEADLINE_S, progress=teaching).result or {})
+
+    def _update_of(self, round_: Round, answer: Answer, settled: Applied | None) -> Made:
+        """Return who taught, and the encoded update, from the cloud or made here from the opinions; or why none."""
+        file = self.line.home / UPDATE
+        if settled is not None:
+            return "line" if answer.update is None else "cloud", file.read_bytes(), None
+        if answer.update is not None:
+            most = self.line.settings.learn.max_frame_bytes
+            try:
+                self.client.download(answer.update, file, most=most, deadline_s=DEADLINE_S)
+            except ServiceRefused as error:
+                if error.status != 404:
+                    raise
+                raise RoundOver("the service does not have the update any more") from None
+            return "cloud", file.read_bytes(), None
+        if answer.nothing is not None:
+            return None, None, answer.nothing
+        return taught_here(self.line, round_, answer.opinions, self.step)
 
 
-def _new_round(
-    line: Line,
-    verdicts: Sequence[Verdict],
-    outbox: Outbox,
-    sample_of: SampleOf,
-    labels: Mapping[str, Label],
-    *,
-    uncertain: bool,
-    without: Collection[Without],
-    seed: int,
-) -> dict[str, Any] | None:
-    """Choose samples and put them into the outbox; return the round once it is on the disk, ``None`` without any."""
-    # What a model has ruled on goes up once more when a person says what it is.
-    rulings = open_rulings(line.home / OPINIONS)
-    known = {ruling.sha256 for ruling in rulings if ruling.who == "human" or ruling.sha256 not in labels}
-    of_product = [verdict for verdict in verdicts if verdict.product == line.product]
-    most = line.settings.learn.samples
-    chosen = choose(of_product, most=most, known=known, labelled=labels.keys(), uncertain=uncertain, seed=seed)
-    samples: dict[str, dict[str, str]] = {}
-    for verdict in chosen:
-        sample = sample_of(verdict, labels.get(verdict.sha256))
-        if sample is None:
-            continue
-        name = outbox.put(encode_frame(encode_sample(sample, line.settings.cloud)))
-        samples[name] = {"sha256": verdict.sha256, "path": verdict.path}
-        keep_for_probe(line.home, verdict)
-    if not samples:
-        return None
-    pointer = Slots(line.station).pointer
-    folder = Slots(line.station).current()
-    model = Station.load(folder, settings=line.settings).model(line.product)
-    request = Request(
-        product=line.product,
-        frames=tuple(samples),
-        state=station_state(folder, line.product).sha256 if line.settings.cloud.uplink == "image" else None,
-        version=pointer.highest + 1,
-        previous=pointer.current.version,
-        background=usual_background(model),
-        learn=line.settings.learn,
-        without=tuple(sorted(without)),
-    ).model_dump(mode="json")
-    round_ = {"job": sha256_json(request), "request": request, "samples": samples}
-    write_atomic(line.home / ROUND, json.dumps(round_))
-    return round_
-
-
-def usual_background(model: ProductModel) -> tuple[float, float] | None:
-    """Return the median cell of good parts' maps, in the map's own units: usually, and at most (19 of 20 parts have
-    less); ``None`` without maps."""
-    if model.replay is None:
-        return None
-    levels = model.replay.background[~model.replay.is_defect] / model.heat_threshold
-    levels = levels[np.isfinite(levels) & (levels > 0)]
-    return (float(np.median(levels)), float(np.quantile(levels, 0.95))) if len(levels) else None
-
-
-def _update_of(
-    line: Line,
-    round_: Mapping[str, Any],
-    result: Mapping[str, Any],
-    rulings: Sequence[Ruling],
-    client: LearnClient,
-    step: Step,
-) -> tuple[str | None, bytes | None]:
-    """Return who taught, and the encoded update: from the cloud, or made here from the opinions."""
-    name = result.get("update")
-    if name is not None:
-        file = line.home / "update"
-        client.download(str(name), file, most=line.settings.learn.max_frame_bytes, deadline_s=DEADLINE_S)
-        return "cloud", file.read_bytes()
-    request, samples = round_["request"], round_["samples"]
-
-    def image_of(ruling: Ruling) -> Image | None:
-        return own_image(Path(samples[ruling.frame]["path"]), ruling.sha256, line.settings)
-
-    lessons = lessons_of(rulings, image_of, line.settings.learn)
-    if not lessons:
-        return None, None
-    data, _ = teach(
-        Slots(line.station).current(),
-        line.product,
-        lessons,
-        line.settings,
-        version=request["version"],
-        previous=request["previous"],
-        key=line.key,
-        without=request["without"],
-        provenance={"teachers": sorted({each.model_id or each.who for each in rulings}), "taught": "line"},
-        progress=step,
-    )
-    return "line", data
-
-
-def _apply(line: Line, round_: Mapping[str, Any], data: bytes, rulings: Sequence[Ruling]) -> Applied:
-    slots, version = Slots(line.station), round_["request"]["version"]
-    pointer = slots.pointer
-    if pointer.highest >= version:  # applied or refused before this round was cut off
-        notes = [note for note in pointer.history if note["version"] == version and note["what"] != "taken back"]
-        note: Mapping[str, Any] = notes[-1] if notes else {}
-        kept = note.get("what") == "applied"
-        return Applied(version, slots.current(), note.get("before"), note.get("after"), kept=kept)
-    probes = probe_set(line.home, rulings, line.settings)
-    settings = line.settings.learn
-    return apply_update(
-        line.station,
-        data,
-        key=line.key,
-        most=settings.max_frame_bytes,
-        probe=probe_of(line.home, line.product, probes, line.settings) if probes else None,
-        # One part more or less is chance, however few there are.
-        tolerance=max(settings.probe_loss, 1 / max(1, len(probes))),
-    )
-
-
-def _close_round(line: Line, rulings: Sequence[Ruling]) -> None:
-    append_rulings(line.home / OPINIONS, rulings)
-    (line.home / "update").unlink(missing_ok=True)
-    (line.home / ROUND).unlink()
+def _close(line: Line, round_: Round, rulings: Sequence[Ruling], end: End) -> None:
+    before = set(open_rulings(line.home / OPINIONS))  # a kill may have come between these lines
+    append_rulings(line.home / OPINIONS, [each for each in rulings if each not in before])
+    add_past(line.home, round_, end)
+    # The round first: while it is open, the update tells whether it counts already.
+    for file in (line.home / ROUND, line.home / UPDATE, *line.home.glob("*.part")):
+        file.unlink(missing_ok=True)
     tidy_probe_set(line.home, line.settings)

@@ -24,12 +24,33 @@ PROBE = "probe"
 MOST = 100
 """Parts of the probe set, the latest ones."""
 
+PROVEN_FROM = 5
+"""Parts from which a probe set proves something: with fewer, one part that goes either way by chance is more than the
+fifth that an update may lose anyhow. An update measured on fewer is applied, and is said to be not proven."""
+
+
+def allowed_loss(parts: int, probe_loss: float) -> float:
+    """Return the accuracy that an update may cost on a probe set: ``probe_loss``, but one part more or less is chance.
+
+    The one rule for ``saec learn once`` and ``saec learn apply``. It holds below :data:`PROVEN_FROM` too: more than one
+    part lost is a loss, though one part kept proves nothing.
+    """
+    return max(probe_loss, 1 / max(1, parts))
+
+
+def is_proven(parts: int) -> bool:
+    """Return whether so many parts prove an update, see :data:`PROVEN_FROM`."""
+    return parts >= PROVEN_FROM
+
 
 def keep_for_probe(home: Path, verdict: Verdict) -> None:
     """Keep the image of a sample where it is one for the probe set."""
     if for_probe(verdict.sha256):
         (home / PROBE).mkdir(exist_ok=True)
-        shutil.copyfile(verdict.path, home / PROBE / verdict.sha256)
+        kept = home / PROBE / verdict.sha256
+        partial = kept.with_name(f".{kept.name}")  # a copy that a kill cuts off must not pass for the image
+        shutil.copyfile(verdict.path, partial)
+        partial.replace(kept)
 
 
 def probe_set(home: Path, rulings: Sequence[Ruling], settings: Settings) -> list[Ruling]:

@@ -8,10 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from saec.cloud.desk import Name
 from saec.data.manifest import write_atomic
 from saec.errors import BadInput, first_problem
 from saec.types import Label
@@ -19,25 +20,29 @@ from saec.types import Label
 OPINIONS = "opinions.jsonl"
 """Name of the file in which either side keeps its rulings."""
 
+_FIX = "restore or remove the file"
+
+_P = Annotated[float, Field(ge=0, le=1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """One opinion on one part. A person's P(defect) is 0 or 1."""
+    """One opinion on one part. A person's P(defect) is 0 or 1. What is read from elsewhere is held to the ranges."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    sha256: str
+    sha256: Name
     part_id: str
-    p_defect: float
+    p_defect: _P
     who: Literal["human", "model"]
     model_id: str
     asked: str
     """UTC, ISO 8601."""
-    frame: str
+    frame: Name
     """Name of the frame in which the sample came."""
-    scale: float = 1.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
     """What the anomaly map was divided by before the model saw it."""
-    p_cloud: float | None = None
+    p_cloud: _P | None = None
     """Beside a person's label: what the cloud had said on the line, by which it is told how far to trust the cloud."""
 
     @property
@@ -54,8 +59,8 @@ class Ruling:
 _RULINGS = TypeAdapter(list[Ruling])
 
 
-def parse_rulings(tree: object, *, where: object) -> list[Ruling]:
-    """Return the rulings in plain JSON types.
+def parse_rulings(tree: object, *, where: object, fix: str = _FIX) -> list[Ruling]:
+    """Return the rulings in plain JSON types; ``where`` they come from, and what to do, are for the error.
 
     Raises:
         BadInput: they break the contract.
@@ -63,9 +68,7 @@ def parse_rulings(tree: object, *, where: object) -> list[Ruling]:
     try:
         return _RULINGS.validate_python(tree)
     except ValidationError as error:
-        raise BadInput(
-            f"not opinions ({first_problem(error)})", where=where, fix="restore or remove the file"
-        ) from None
+        raise BadInput(f"not opinions ({first_problem(error)})", where=where, fix=fix) from None
 
 
 def open_rulings(file: Path) -> list[Ruling]:
@@ -83,7 +86,7 @@ def open_rulings(file: Path) -> list[Ruling]:
     try:
         tree = [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
-        raise BadInput(f"not opinions ({error})", where=file, fix="restore or remove the file") from None
+        raise BadInput(f"not opinions ({error})", where=file, fix=_FIX) from None
     return parse_rulings(tree, where=file)
 
 
@@ -109,8 +112,11 @@ def read_labels(file: Path) -> dict[str, Label]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"cannot read the labels ({error})", where=file) from None
+    except OSError as error:
+        raise BadInput(f"cannot read the labels ({error.strerror})", where=file, fix="check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        fix = "save it as CSV in UTF-8, with the columns part and label"
+        raise BadInput(f"cannot read the labels ({error})", where=file, fix=fix) from None
     labels: dict[str, Label] = {}
     for number, row in enumerate(rows, start=2):
         part, label = row.get("part"), str(row.get("label")).strip().lower()

@@ -1,23 +1,19 @@
 """The teacher: what the cloud does with a line's samples. It forms opinions, and teaches its copy of the station.
 
 People's labels win over the cloud's model, wherever they come from: beside the sample, or from a list on the cloud's
-side. What the model says counts when it is sure enough (``learn.min_teacher``).
-
-How the model is asked matters. An anomaly map is relative to what good parts of the calibration looked like; after a
-change of product or light all maps are hot, and a model that has learnt what hot means calls every part defect (ELPV,
-mono to poly: AUROC 0.47). Relative to the samples' own background they mean what they always meant (0.92).
+side. What the model says counts when it is sure enough (``learn.min_teacher``); how it is asked, see
+:mod:`saec.learn.judged`.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saec.cloud.desk import Judge, Name
@@ -26,21 +22,27 @@ from saec.edge.station import read_manifest
 from saec.errors import BadInput, first_problem
 from saec.fleet.frame import Frame
 from saec.fleet.slots import current_folder
-from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, read_labels
-from saec.learn.samples import Sample, background, decode_sample
+from saec.learn.growth import Lesson
+from saec.learn.judged import Judged, Opinions, Progress, Read
+from saec.learn.rulings import Ruling
+from saec.learn.samples import Sample, decode_sample
 from saec.learn.state import State, station_state, write_station
 from saec.learn.teaching import Without, lessons_of, teach
-from saec.types import Image, Label, Opinion, Query
+from saec.types import Image
 
-Progress = Callable[[int, int], None]
-"""``(done, total)``."""
+logger = logging.getLogger(__name__)
 
 Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-HOME, STATIONS, LABELS = "teacher", "stations", "labels.csv"
-"""The teacher's folder in the desk's, and what lies there."""
+HOME, STATIONS = "teacher", "stations"
+"""The teacher's folder in the desk's, and what lies there beside opinions and people's labels."""
 
-_AT_ONCE = 8
+NOTHING_NEW = "the station had learnt all of it before"
+
+LESSONS = 16
+"""Images of the service's largest size (``serve.max_pixels``) that lessons of one job may fill memory with; parts
+beyond that are not taught, and come again with the line's next round."""
+
 _COPIES = 16
 """States of stations that are kept; the oldest go."""
 
@@ -65,17 +67,11 @@ class Request(BaseModel):
 class Teacher:
     """Does the jobs of a :class:`saec.learn.desk.FolderDesk`. What it has said about a frame it says again."""
 
-    def __init__(
-        self,
-        home: Path,
-        settings: Settings,
-        *,
-        station: Path | None = None,
-    ) -> None:
+    def __init__(self, home: Path, settings: Settings, *, station: Path | None = None) -> None:
         """Keep opinions and copies of the line's station in ``home``.
 
         Args:
-            home: a folder of its own. People may put a :data:`LABELS` there, and change it at any time.
+            home: a folder of its own. People may put their labels there (:data:`saec.learn.judged.LABELS`).
             settings: the service's.
             station: a copy of the line's station; without one the line gets opinions and teaches itself.
 
@@ -84,90 +80,84 @@ class Teacher:
         """
         self._home, self._settings, self._station = home, settings, station
         home.mkdir(parents=True, exist_ok=True)
-        self._known = {_key(each): each for each in open_rulings(home / OPINIONS)}
+        self._opinions = Opinions(home)
         if station is not None:
             read_manifest(station)
 
     def __call__(
         self, tree: Mapping[str, Any], frame_of: Callable[[str], Frame], judge: Judge, progress: Progress
     ) -> Mapping[str, Any]:
-        """Do one job: a :class:`saec.learn.desk.JobRunner`. Returns opinions, and an update where there is something
-        to teach and the station is here.
+        """Do one job: a :class:`saec.learn.desk.JobRunner`.
+
+        Returns ``opinions``; where some samples have none because something failed, ``failed``, their number, and
+        ``failure``, the first reason; an ``update`` where there is something to teach and the station is here, or
+        ``nothing``: why there is none.
 
         Raises:
-            BadInput: the request breaks the contract, or the station is damaged.
-            BadFrame: a sample breaks the contract.
+            BadInput: the request breaks the contract, no sample at all could be judged, or the station is damaged.
         """
         try:
             request = Request.model_validate(tree)
         except ValidationError as error:
             raise BadInput("not a request to learn", where=first_problem(error)) from None
         most = self._settings.serve.max_pixels
-        samples = {name: decode_sample(frame_of(name), max_pixels=most) for name in request.frames}
-        rulings = self._ruled(samples, judge, request.background, progress)
-        result: dict[str, Any] = {"opinions": [asdict(each) for each in rulings]}
+
+        def read(name: str) -> Sample:
+            return decode_sample(frame_of(name), max_pixels=most)
+
+        judged = self._opinions.on(
+            request.frames, read, judge, usual=request.background, most_pixels=most, progress=progress
+        )
+        _check_judged(judged)
+        result: dict[str, Any] = {"opinions": [asdict(each) for each in judged.rulings]}
+        if judged.failures:
+            result |= {"failed": judged.failures, "failure": judged.failure}
         folder = self._copy_of(request)
         if folder is None:
             return result
+        lessons = lessons_of(judged.rulings, _images(read, LESSONS * most), request.learn)
+        return result | (self._taught(folder, request, lessons, judged.rulings, progress) if lessons else {})
 
-        def image_of(ruling: Ruling) -> Image | None:
-            return samples[ruling.frame].query.image
-
-        lessons = lessons_of(rulings, image_of, request.learn)
-        if lessons:
-            # As the line's own settings say, but for what this service allows itself.
-            settings = self._settings.model_copy(update={"learn": request.learn})
-            token = self._settings.serve.token
-            update, state = teach(
-                folder,
-                request.product,
-                lessons,
-                settings,
-                version=request.version,
-                previous=request.previous,
-                key=None if token is None else token.encode(),
-                without=request.without,
-                provenance={"teachers": sorted({each.model_id or each.who for each in rulings}), "taught": "cloud"},
-                progress=lambda _, done, total: progress(done, total),
-            )
-            self._keep_copy(folder, request.product, state)
-            result["update"] = update
-        return result
-
-    def _ruled(
-        self, samples: Mapping[str, Sample], judge: Judge, usual: tuple[float, float] | None, progress: Progress
-    ) -> list[Ruling]:
-        """Return an opinion on each sample, in order, but for those that the model has none on."""
-        scale = _scale(samples.values(), usual)
-        file = self._home / LABELS
-        labels = read_labels(file) if file.is_file() else {}
-        found = {name: _human(name, sample, labels) or self._said(name, scale) for name, sample in samples.items()}
-        silent = [name for name, ruling in found.items() if ruling is None]
-        for start in range(0, len(silent), _AT_ONCE):
-            names = silent[start : start + _AT_ONCE]
-            answers = judge([shown(samples[name].query, scale) for name in names])
-            for name, answer in zip(names, answers, strict=True):
-                if isinstance(answer, Opinion):
-                    found[name] = _ruling(name, samples[name], float(answer.p_defect), answer.model_id, scale)
-            progress(start + len(names), len(silent))
-        ruled = [each for each in found.values() if each is not None]
-        fresh = [each for each in ruled if _key(each) not in self._known]
-        append_rulings(self._home / OPINIONS, fresh)
-        self._known |= {_key(each): each for each in fresh}
-        return ruled
-
-    def _said(self, name: str, scale: float) -> Ruling | None:
-        return self._known.get((name, "model", round(scale, 6)))
+    def _taught(
+        self,
+        folder: Path,
+        request: Request,
+        lessons: Sequence[Lesson],
+        rulings: Sequence[Ruling],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Teach the copy of the station; return the update, or why there is none."""
+        token = self._settings.serve.token
+        taught = teach(
+            folder,
+            request.product,
+            lessons,
+            self._settings.model_copy(update={"learn": _within(request.learn, self._settings.learn)}),
+            version=request.version,
+            previous=request.previous,
+            key=None if token is None else token.encode(),
+            without=request.without,
+            provenance={"teachers": sorted({each.model_id or each.who for each in rulings}), "taught": "cloud"},
+            progress=lambda _, done, total: progress(done, total),
+        )
+        if taught is None:
+            return {"nothing": NOTHING_NEW}
+        update, state = taught
+        self._keep_copy(folder, request.product, state)
+        return {"update": update}
 
     def _copy_of(self, request: Request) -> Path | None:
-        """Return the folder of a station whose product has the state that the line has."""
+        """Return the folder of a station whose product has the state that the line has; ``None``: there is none here,
+        and the line teaches itself."""
         if request.state is None:
             return None
         taught = self._home / STATIONS / request.state
         if taught.is_dir():
             return taught
         given = None if self._station is None else current_folder(self._station)
-        return given if given and station_state(given, request.product).sha256 == request.state else None
+        if given is None or request.product not in read_manifest(given).products:
+            return None
+        return given if station_state(given, request.product).sha256 == request.state else None
 
     def _keep_copy(self, base: Path, product: str, state: State) -> None:
         copies = self._home / STATIONS
@@ -177,39 +167,29 @@ class Teacher:
             shutil.rmtree(old)
 
 
-def _key(ruling: Ruling) -> tuple[str, str, float]:
-    return ruling.frame, ruling.who, round(ruling.scale, 6)
+def _check_judged(judged: Judged) -> None:
+    if judged.failures and not judged.rulings:
+        what = f"none of the {judged.failures} samples could be judged; the first: {judged.failure}"
+        raise BadInput(what, fix="see the service's log")
 
 
-def _human(name: str, sample: Sample, labels: Mapping[str, Label]) -> Ruling | None:
-    label = labels.get(sample.sha256) or labels.get(sample.query.part_id) or sample.human
-    if label is None:
-        return None
-    p = float(label is Label.DEFECT)
-    return Ruling(sample.sha256, sample.query.part_id, p, "human", "", _now(), name, p_cloud=sample.p_cloud)
+def _within(asked: LearnSettings, own: LearnSettings) -> LearnSettings:
+    """Return the line's settings, within what this service's own allow: a request must not set its limits."""
+    limits = ("bank_rows", "bank_most", "samples", "max_frame_bytes", "outbox_bytes", "desk_bytes")
+    return asked.model_copy(update={name: min(getattr(asked, name), getattr(own, name)) for name in limits})
 
 
-def _scale(samples: Iterable[Sample], usual: tuple[float, float] | None) -> float:
-    """Return by how much the samples' maps are hotter than good parts' were, each by its median cell.
+def _images(read: Read, most_pixels: int) -> Callable[[Ruling], Image | None]:
+    """Return what reads the image of a ruling's sample, ``None`` once ``most_pixels`` were read."""
+    left = most_pixels
 
-    1 where they are no hotter than good parts can be: the least certain parts are a little hotter on any day, and to
-    cool their maps then hides defects (ELPV, after the change was learnt: 20 of 21 errors were such).
-    """
-    levels = [background(sample.query.anomaly_map) for sample in samples if sample.query.anomaly_map is not None]
-    level = float(np.median(levels)) if levels else 0.0
-    return level / usual[0] if usual is not None and level > usual[1] else 1.0
+    def image_of(ruling: Ruling) -> Image | None:
+        nonlocal left
+        image = read(ruling.frame).query.image if left > 0 else None
+        if image is not None:
+            left -= image.shape[0] * image.shape[1]
+            if left <= 0:
+                logger.warning("lessons fill %d pixels; further parts wait for the line's next round", most_pixels)
+        return image
 
-
-def shown(query: Query, scale: float) -> Query:
-    """Return the question in those units; what the edge made of the part is not said, it may be beside the point."""
-    heatmap = query.anomaly_map
-    shown = None if heatmap is None else np.asarray(heatmap / np.float32(scale), dtype=np.float32)
-    return replace(query, anomaly_map=shown, edge_p_defect=None)
-
-
-def _ruling(name: str, sample: Sample, p: float, model_id: str, scale: float) -> Ruling:
-    return Ruling(sample.sha256, sample.query.part_id, p, "model", model_id, _now(), name, scale)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return image_of

@@ -15,6 +15,7 @@ import numpy as np
 
 from saec.config import LearnSettings, Settings
 from saec.edge.fitters import Progress
+from saec.edge.replay import Replay
 from saec.edge.station import ProductModel, Station, folder_name, station_files
 from saec.learn.delta import Delta, compress
 from saec.learn.detector import teach_product
@@ -63,8 +64,9 @@ def teach(
     provenance: Mapping[str, Any],
     without: Collection[Without] = (),
     progress: Progress | None = None,
-) -> tuple[bytes, State]:
-    """Teach the product of a station and return the encoded update, and the state that it decodes to.
+) -> tuple[bytes, State] | None:
+    """Teach the product of a station and return the encoded update, and the state that it decodes to; ``None`` where
+    the station has learnt all of it before.
 
     Args:
         folder: of the station's version that counts.
@@ -81,8 +83,11 @@ def teach(
     Raises:
         BadInput: the station is damaged, or cannot be taught.
     """
+    before = Station.load(folder, settings=settings).model(product)
+    if not _brings_news(before.replay, lessons):
+        return None
     base = station_state(folder, product)
-    taught = teach_product(Station.load(folder, settings=settings).model(product), lessons, settings, progress)
+    taught = teach_product(before, lessons, settings, progress)
     model = _headless(taught.model, settings) if "head" in without else taught.model
     delta = (dense if "compression" in without else compress)(base, state_of_model(product, model))
     new = delta.apply(base)
@@ -97,6 +102,19 @@ def teach(
         provenance=provenance,
     )
     return encode_update(update, key), new
+
+
+def _brings_news(old: Replay | None, lessons: Sequence[Lesson]) -> bool:
+    """Return whether a part is new, or its label another that is at least as sure: see
+    :func:`saec.learn.detector.teach_product`, which also says what is wrong where there is no replay."""
+    if old is None:
+        return True
+    known = dict(zip(old.hashes, old.p_defect.tolist(), strict=True))
+    return any(
+        lesson.sha256 not in known
+        or (lesson.p_defect != (p := known[lesson.sha256]) and lesson.weight >= max(p, 1 - p))
+        for lesson in lessons
+    )
 
 
 def state_of_model(product: str, model: ProductModel) -> State:
