@@ -99,7 +99,7 @@ def test_a_corrected_command_is_not_held_to_what_was_refused(data, tmp_path, ran
         (("--rounds", "40"), "too few unseen parts"),
         (("--arms", "magic"), "no such arm"),
         (("--arms", ""), "no such arm"),
-        (("--bytes", "nope.json"), "nope.json"),
+        (("--bytes", "nope.json"), "no such file: nope.json"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_fitted_or_written(data, tmp_path, ran, more, said):

@@ -79,10 +79,12 @@ def read_curve(file: Path) -> Chart:
     Raises:
         BadInput: it cannot be read, or is something else.
     """
+    fix = "pass what saec bench uplink --json saved"
+    if not file.is_file():
+        raise BadInput("no such file", where=file, fix=fix)
     try:
         return curve(Table(**read_record(file)["tables"][0]))
     except (KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
-        fix = "pass what its --json saved"
         raise BadInput(f"not the tables of saec bench uplink ({error!r})", where=file, fix=fix) from None
 
 
