@@ -185,6 +185,25 @@ def test_a_replay_is_capped_by_a_draw_that_does_not_depend_on_order(monkeypatch)
     assert set(one.hashes) == set(other.hashes)
 
 
+def test_lessons_that_a_full_replay_drops_stay_known_and_the_fits_own_parts_need_not(monkeypatch):
+    monkeypatch.setattr(replay_module, "MOST", 4)
+    taught = rows(3, first=90)
+    taught = replace(taught, lesson=np.ones_like(taught.lesson))
+    full = rows(3).joined(taught).capped()
+    assert full.known == frozenset(rows(3).joined(taught).hashes)
+    assert len(full) == 4
+    assert len(full.forgotten) == 2
+    again = Replay.from_tensors(full.tensors())
+    assert (again.known, again.hashes) == (full.known, full.hashes)
+    more = rows(2, first=50)
+    both = again.joined(replace(more, lesson=np.ones_like(more.lesson))).capped()
+    assert both.known == full.known | set(more.hashes)
+    assert np.array_equal(both.forgotten[:2], full.forgotten), "they only grow, so that an update of them is small"
+    assert "forgotten" not in rows(9).capped().tensors(), "of the fit, which names its parts itself"
+    with pytest.raises(ValueError, match="no hashes"):
+        Replay.from_tensors({**full.tensors(), "forgotten": np.zeros((2, 31), np.uint8)})
+
+
 def test_a_replay_with_an_array_too_few_or_too_long_is_refused():
     tensors = rows(3).tensors()
     assert Replay.from_tensors(tensors).hashes == rows(3).hashes

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from edge_parts import SETTINGS
-from learn_parts import PRODUCT, fitted
+from learn_parts import PRODUCT, fitted, new_parts
 from learn_states import STRANGE, adapter, learnt, taught
+from saec.data.decode import read_with_hash
+from saec.edge import replay
 from saec.edge.station import Station, folder_name, read_manifest
 from saec.errors import BadInput
+from saec.learn.detector import teach_product
+from saec.learn.growth import Lesson
 from saec.learn.state import LEARNT, State, adapter_state, station_state, write_adapter, write_station
+from saec.learn.teaching import teach
 from saec.vlm.trained import adapter_id, check_adapter
 
 
@@ -132,6 +137,26 @@ def test_images_that_taught_a_station_are_among_those_that_it_was_fitted_on(stat
     new = read_manifest(tmp_path / "new")
     assert set(new.train_sha256) - set(old.train_sha256) == {learnt("new").tobytes().hex()}
     assert new.calibration_sha256 == old.calibration_sha256
+
+
+def test_images_that_a_full_replay_has_dropped_stay_among_those_that_taught_the_station(station, tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 30)  # two more than the fit's own
+    lessons = []
+    for part in new_parts(tmp_path / "parts", 12):
+        sha256, image = read_with_hash(part.path)
+        lessons.append(Lesson(sha256, image, part.label))
+    hashes = {lesson.sha256 for lesson in lessons}
+    folder = station
+    for version, some in ((1, lessons[:6]), (2, lessons[6:])):
+        words = {"version": version, "previous": version - 1, "key": None, "provenance": {}}
+        _, state = teach(folder, PRODUCT, some, SETTINGS, **words)
+        folder = tmp_path / str(version)
+        write_station(station, {PRODUCT: state}, folder)  # each time from the first: the state itself must know
+    assert hashes <= set(read_manifest(folder).train_sha256)
+    model = Station.load(folder, settings=SETTINGS).model(PRODUCT)
+    assert len(model.replay) == 30
+    with pytest.raises(BadInput, match="nothing to learn"):
+        teach_product(model, lessons, SETTINGS)
 
 
 def test_a_product_that_is_not_there_and_a_damaged_station_are_refused(station, tmp_path):

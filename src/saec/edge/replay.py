@@ -8,7 +8,7 @@ calibration cells 7-13 % moved by more than 0.1 of 15 after 600 poly patches; th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -20,7 +20,10 @@ from saec.edge.head import Bools, Doubles
 from saec.types import Observation
 
 MOST = 1000
-"""Parts that are remembered at most, 8 KB each; of more, those whose hashes are smallest, which is a fair draw."""
+"""Parts that are remembered at most, 8 KB each; of more, those whose hashes are smallest, which is a fair draw. Of the
+others the hash stays, 32 bytes: they have taught, and must not be taught again nor evaluated on unawares."""
+
+_FORGOTTEN = "forgotten"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +42,8 @@ class Replay:
         p_cloud: [n] float64 the cloud's P(defect), NaN where it was not asked.
         group: [n] int64 numbers near-duplicates alike.
         lesson: [n] uint8, 1 for a part that came after the fit.
+        forgotten: [m, 32] uint8, the content hashes of lessons that no row stands for any more, in the order in which
+            they were dropped; absent on the disk while m = 0.
     """
 
     sha256: NDArray[np.uint8]
@@ -52,6 +57,7 @@ class Replay:
     p_cloud: Doubles
     group: NDArray[np.int64]
     lesson: NDArray[np.uint8]
+    forgotten: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -69,7 +75,12 @@ class Replay:
     @property
     def hashes(self) -> list[str]:
         """The content hashes as hex digits."""
-        return [row.tobytes().hex() for row in self.sha256]
+        return _hex(self.sha256)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The content hashes of all parts, the forgotten ones included."""
+        return frozenset((*self.hashes, *_hex(self.forgotten)))
 
     @classmethod
     def of(
@@ -103,17 +114,22 @@ class Replay:
 
     def rows(self, chosen: NDArray[Any]) -> Self:
         """Return some of the rows, by mask or by index."""
-        return type(self)(**{name: value[chosen] for name, value in self.tensors().items()})
+        return type(self)(**{name: value[chosen] for name, value in self._rows().items()}, forgotten=self.forgotten)
 
     def joined(self, other: Replay) -> Self:
         """Return the rows of both."""
-        mine, theirs = self.tensors(), other.tensors()
+        mine, theirs = self._rows(), other._rows()
         theirs["group"] = theirs["group"] + (int(self.group.max(initial=-1)) + 1)
-        return type(self)(**{name: np.concatenate([mine[name], theirs[name]]) for name in mine})
+        both = {name: np.concatenate([mine[name], theirs[name]]) for name in mine}
+        return type(self)(**both, forgotten=np.concatenate([self.forgotten, other.forgotten]))
 
     def capped(self) -> Self:
-        """Return at most :data:`MOST` of the rows, in order."""
-        return self.rows(np.sort(np.argsort(np.array(self.hashes), kind="stable")[:MOST]))
+        """Return at most :data:`MOST` of the rows, in order; lessons among the others are forgotten."""
+        order = np.argsort(np.array(self.hashes), kind="stable")
+        dropped = np.sort(order[MOST:])
+        lessons = self.sha256[dropped[self.lesson[dropped] == 1]]
+        kept = self.rows(np.sort(order[:MOST]))
+        return replace(kept, forgotten=np.concatenate([self.forgotten, lessons]))
 
     def calibrated(self, settings: CalibrationSettings, *, cross_fitted: bool) -> Calibration:
         """Return the operating point that these parts give, see :func:`saec.calibrate.calibration.calibrate`.
@@ -136,16 +152,28 @@ class Replay:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name, for saving."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return self._rows() | ({_FORGOTTEN: self.forgotten} if len(self.forgotten) else {})
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Self:
         """Rebuild from :meth:`tensors`.
 
         Raises:
-            ValueError: an array is missing or is as long as no other.
+            ValueError: an array is missing, is as long as no other, or holds no hashes.
         """
-        names = {field.name for field in fields(cls)}
-        if set(tensors) != names or len({len(value) for value in tensors.values()}) != 1:
+        names = {each.name for each in fields(cls)} - {_FORGOTTEN}
+        rows = {name: value for name, value in tensors.items() if name != _FORGOTTEN}
+        if set(rows) != names or len({len(value) for value in rows.values()}) != 1:
             raise ValueError("the replay does not hold one row for each part")
-        return cls(**tensors)
+        forgotten = tensors.get(_FORGOTTEN, np.empty((0, 32), np.uint8))
+        if forgotten.dtype != np.uint8 or forgotten.shape[1:] != (32,):
+            raise ValueError("the replay's forgotten parts are no hashes")
+        return cls(**rows, forgotten=forgotten)
+
+    def _rows(self) -> dict[str, NDArray[Any]]:
+        """Return what has one row for each part."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != _FORGOTTEN}
+
+
+def _hex(hashes: NDArray[np.uint8]) -> list[str]:
+    return [row.tobytes().hex() for row in hashes]

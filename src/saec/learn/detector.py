@@ -98,7 +98,8 @@ def _fresh(lessons: Sequence[Lesson], old: Replay) -> tuple[Replay, list[Lesson]
             p_defect[row] = lesson.p_defect
     if not np.array_equal(p_defect, old.p_defect):
         old = replace(old, p_defect=p_defect)
-    return old, [lesson for sha256, lesson in sorted(surest.items()) if sha256 not in rows]
+    known = old.known  # what was forgotten is in the bank all the same, and cannot be held out any more
+    return old, [lesson for sha256, lesson in sorted(surest.items()) if sha256 not in known]
 
 
 def _rows_of(lessons: Sequence[Lesson], looked: Looked, seen: Sequence[Observation]) -> Replay:

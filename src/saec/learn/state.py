@@ -34,6 +34,9 @@ Tensors = Mapping[str, NDArray[Any]]
 LEARNT = "replay/sha256"
 """The tensor [n, 32] uint8 of a product that names the images it was taught with; so does an adapter's."""
 
+FORGOTTEN = "replay/forgotten"
+"""The tensor [m, 32] uint8 of a product, if any, that names those that its full replay has dropped."""
+
 BANKS = "memory.safetensors"
 _MAIN = (BANKS, WEIGHTS)
 _STEMS: Mapping[str, tuple[str, ...]] = {BANKS: ("head", "replay"), WEIGHTS: ()}
@@ -218,4 +221,4 @@ def write_adapter(state: State, out: Path) -> None:
 
 
 def _hashes(state: State) -> list[str]:
-    return [row.tobytes().hex() for row in state.tensors.get(LEARNT, np.empty((0, 32), np.uint8))]
+    return [row.tobytes().hex() for name in (LEARNT, FORGOTTEN) if name in state.tensors for row in state.tensors[name]]
