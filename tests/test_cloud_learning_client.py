@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from learn_fakes import JOB, frames
-from saec.cloud.learning import LearnClient
+from saec.cloud.desk import FramesMissing
+from saec.cloud.learning import JobFailed, LearnClient, ServiceRefused
 from saec.config import CloudSettings
 from saec.fleet.frame import frame_id
 from saec.fleet.outbox import Outbox
@@ -141,7 +142,7 @@ def test_a_job_is_waited_for_and_its_steps_are_told():
 
 def test_a_job_that_failed_or_takes_too_long_is_an_error():
     client, _ = client_of(job("failed", error="no such product"), job("running", done=3, total=9), httpx.Response(404))
-    with pytest.raises(CloudError, match="the job failed: no such product"):
+    with pytest.raises(JobFailed, match="the job failed: no such product"):
         client.finish(JOB, deadline_s=60)
     with pytest.raises(CloudError, match=r"not done after 0 s \(3 of 9 steps\)"):
         client.finish(JOB, deadline_s=0.05)
@@ -222,3 +223,48 @@ def test_bytes_that_are_not_the_update_never_appear(tmp_path):
             client.download(NAME, tmp_path / "update", most=10_000, deadline_s=60)
         assert error.value.reason is Reason.CLOUD_BAD_ANSWER
         assert (tmp_path / "update").read_bytes() == b"former"
+
+
+def test_a_look_whether_anybody_learns_there_waits_for_nobody(hurried):
+    for answer, why in (
+        (httpx.ConnectError("refused"), "no connection: refused"),
+        (httpx.Response(404, json={"error": "this service does not learn", "fix": "start it"}), "does not learn"),
+        (httpx.Response(404, text="<html>"), "status 404"),
+        (httpx.Response(200, text="<html>"), "the answer cannot be used"),
+    ):
+        client, script = client_of(answer)
+        with pytest.raises(CloudError, match=why):
+            client.check()
+        assert len(script.asked) == 1
+    for answer in (missing(), httpx.Response(503), httpx.Response(429)):
+        client_of(answer)[0].check()
+    assert not hurried
+
+
+def test_what_the_service_says_is_to_be_done_is_passed_on():
+    client, _ = client_of(httpx.Response(401, json={"error": "the token is wrong", "fix": "set cloud.token"}))
+    with pytest.raises(ServiceRefused) as error:
+        client.check()
+    assert (error.value.status, error.value.fix, error.value.for_good) == (401, "set cloud.token", False)
+
+
+def test_a_waiting_client_says_so_once_and_until_when(hurried):
+    told: list[tuple[str, float]] = []
+    script = Script([httpx.ConnectError("refused"), httpx.ConnectError("refused"), job("queued")])
+    client = LearnClient(
+        "http://cloud", CloudSettings(), transport=script, on_wait=lambda *each: told.append((str(each[0]), each[1]))
+    )
+    client.start(JOB, {"frames": []}, deadline_s=60)
+    ((why, seconds),) = told
+    assert "refused" in why
+    assert 50 < seconds <= 60
+
+
+def test_frames_that_the_service_lacks_are_named():
+    refusal = {"error": "2 of the job's frames are not here", "fix": "send them", "missing": ["a", "b"]}
+    client, _ = client_of(httpx.Response(409, json=refusal), httpx.Response(409, json={"error": "x", "fix": "y"}))
+    with pytest.raises(FramesMissing, match="2 of the job's frames") as error:
+        client.start(JOB, {"frames": []}, deadline_s=5)
+    assert error.value.names == ("a", "b")
+    with pytest.raises(ServiceRefused):
+        client.start(JOB, {"frames": []}, deadline_s=5)

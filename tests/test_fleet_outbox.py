@@ -41,6 +41,15 @@ def test_frames_wait_in_their_order_until_they_are_acknowledged(path):
         assert (outbox.pending(), outbox.size) == (names[1:], 2)
 
 
+def test_frames_that_nobody_wants_to_go_up_any_more_go(path):
+    with opened(path) as outbox:
+        names = [outbox.put(data) for data in (b"a", b"bb", b"ccc")]
+        outbox.keep_only([names[1], "unknown"])
+        assert (outbox.pending(), outbox.size) == ([names[1]], 2)
+        outbox.keep_only(())
+        assert (outbox.pending(), outbox.size) == ([], 0)
+
+
 def test_the_same_frame_waits_once(path):
     with opened(path) as outbox:
         assert outbox.put(b"frame") == outbox.put(b"frame")

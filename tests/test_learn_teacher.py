@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import weakref
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from edge_parts import SETTINGS
+from edge_parts import SETTINGS, plate
 from learn_parts import PRODUCT, DeskClient, fitted, judged, knows, line_of, new_parts, sampler
 from saec.config import LearnSettings
 from saec.edge.station import Station
 from saec.errors import BadInput
 from saec.fleet.frame import Frame
-from saec.learn.line import learn
 from saec.learn.judged import LABELS
-from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, read_labels
+from saec.learn.line import learn
+from saec.learn.probe import allowed_loss, is_proven
+from saec.learn.rulings import OPINIONS, Ruling, append_rulings, open_rulings, parse_rulings, read_labels
 from saec.learn.samples import decode_sample, encode_sample
+from saec.learn.state import station_state
 from saec.learn.teacher import Teacher
 from saec.learn.teaching import lessons_of
+from saec.learn.update import decode_update
 from saec.types import Label
 
 LEARN = LearnSettings()
+PIXELS = plate(0).shape[0] * plate(0).shape[1]
 
 
 def frames(tmp_path, count: int, *, heat: float = 1.0, human: Label | None = None) -> dict[str, Frame]:
@@ -99,6 +104,93 @@ def test_a_part_on_which_the_model_has_no_opinion_is_left_out(tmp_path):
 
     result = run(Teacher(tmp_path / "home", SETTINGS), frames(tmp_path, 4), judge)
     assert [each["part_id"] for each in result["opinions"]] == ["fine-1", "fine-2"]
+    assert (result["failed"], result["failure"]) == (2, "no such product"), "and is told"
+
+
+def test_a_job_of_which_nothing_can_be_judged_fails_with_the_reason(tmp_path, caplog):
+    def judge(queries):
+        return [ValueError("the expert takes no tokens") for _ in queries]
+
+    with pytest.raises(BadInput, match="none of the 3 samples could be judged; the first: the expert takes no tokens"):
+        run(Teacher(tmp_path / "home", SETTINGS), frames(tmp_path, 3), judge)
+    assert caplog.text.count("the expert takes no tokens") == 3
+
+
+def test_a_sample_that_cannot_be_used_keeps_no_other_from_being_judged(tmp_path):
+    some = frames(tmp_path, 3)
+    some[f"{1:064x}"] = Frame("sample", {"part_id": "half"})
+    result = run(Teacher(tmp_path / "home", SETTINGS), some, Asked())
+    assert [each["part_id"] for each in result["opinions"]] == ["bad-0", "fine-2"]
+    assert result["failed"] == 1
+    assert "not a sample" in result["failure"]
+
+
+def test_a_persons_changed_word_is_kept_too(tmp_path):
+    some, teacher = frames(tmp_path, 1), Teacher(tmp_path / "home", SETTINGS)
+    for label in ("good", "defect", "defect"):
+        (tmp_path / "home" / LABELS).write_text(f"part,label\nbad-0,{label}\n")
+        run(teacher, some, Asked())
+    assert [each.label for each in open_rulings(tmp_path / "home" / OPINIONS)] == ["good", "defect"]
+
+
+def test_images_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    """Alive at once: those of one batch, in which pixels are limited too, not those of the job."""
+    some, alive, counts = frames(tmp_path, 12), [], []
+
+    def read(frame, *, max_pixels):
+        sample = decode_sample(frame, max_pixels=10**9)
+        alive.append(weakref.ref(sample.query.image))
+        counts.append(sum(each() is not None for each in alive))
+        return sample
+
+    monkeypatch.setattr("saec.learn.teacher.decode_sample", read)
+    for pixels, limit in ((10**9, 9), (2 * PIXELS, 4)):
+        counts.clear()
+        serve = SETTINGS.serve.model_copy(update={"max_pixels": pixels})
+        settings = SETTINGS.model_copy(update={"serve": serve})
+        run(Teacher(tmp_path / str(pixels), settings), some, lambda queries: [knows(query) for query in queries])
+        assert max(counts) <= limit
+
+
+def test_lessons_beyond_what_memory_is_for_wait_for_the_next_round(tmp_path, monkeypatch):
+    line = line_of(tmp_path)
+    monkeypatch.setattr("saec.learn.teacher.LESSONS", 3)
+    small = SETTINGS.serve.model_copy(update={"max_pixels": PIXELS})
+    settings = SETTINGS.model_copy(update={"serve": small})
+    client = DeskClient(tmp_path / "cloud", settings, station=line.station)
+    taught = []
+    for _ in range(2):
+        station = Station.load(line.station, settings=SETTINGS)
+        parts = new_parts(tmp_path / "parts", 7)
+        assert learn(line, judged(station, parts), client, sampler(station)).taught == "cloud"
+        replay = Station.load(line.station, settings=SETTINGS).model(PRODUCT).replay
+        taught.append(int(replay.lesson.sum()))
+    client.close()
+    assert taught[0] == 3 < taught[1]
+
+
+def test_a_service_whose_station_lacks_the_product_sends_opinions(tmp_path):
+    line = line_of(tmp_path)
+    result = run(
+        Teacher(tmp_path / "home", SETTINGS, station=line.station),
+        frames(tmp_path, 3),
+        Asked(),
+        state="0" * 64,
+        product="bottle",
+    )
+    assert set(result) == {"opinions"}
+
+
+def test_a_request_does_not_set_the_services_limits(tmp_path, monkeypatch):
+    line, rows = line_of(tmp_path, learn={"bank_rows": 500, "bank_most": 100_000}), []
+    for number, allowed in enumerate((500, 5)):
+        own = SETTINGS.model_copy(update={"learn": LearnSettings(bank_rows=allowed)})
+        teacher = Teacher(tmp_path / str(number), own, station=line.station)
+        state = station_state(line.station, PRODUCT).sha256
+        asked = line.settings.learn.model_dump(mode="json")
+        result = run(teacher, frames(tmp_path, 9), Asked(), state=state, learn=asked)
+        rows.append(decode_update(result["update"], None, 10**9).figures["rows"])
+    assert rows[0] > 5 == rows[1]
 
 
 def test_a_list_of_labels_in_the_clouds_folder_wins_over_the_model(tmp_path):
@@ -187,3 +279,24 @@ def test_a_list_of_labels_is_read_as_spreadsheets_write_it(tmp_path):
     file = tmp_path / "labels.csv"
     file.write_text("\ufeffpart,label,remark\r\na/1.png, Defect ,\r\n" + "b" * 64 + ",good,ok\r\n")
     assert read_labels(file) == {"a/1.png": Label.DEFECT, "b" * 64: Label.GOOD}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sha256": "zz"}, {"frame": "f"}, {"p_defect": 7.0}, {"p_cloud": -1.0}, {"scale": 0.0}]
+)
+def test_opinions_are_held_to_their_ranges(tmp_path, wrong):
+    with pytest.raises(BadInput, match=f"not opinions.*{next(iter(wrong))}"):
+        parse_rulings([{**asdict(ruling(0.2)), **wrong}], where="here")
+
+
+def test_a_list_of_labels_that_is_not_there_is_named_once(tmp_path):
+    with pytest.raises(BadInput) as error:
+        read_labels(tmp_path / "nope.csv")
+    assert str(error.value).count("nope.csv") == 1
+    assert error.value.fix
+
+
+@pytest.mark.parametrize(("parts", "loss"), [(0, 1.0), (1, 1.0), (5, 0.2), (100, 0.01), (400, 0.005)])
+def test_an_update_may_cost_one_part_or_the_stated_loss(parts, loss):
+    assert allowed_loss(parts, 0.005) == pytest.approx(loss)
+    assert is_proven(parts) is (parts >= 5)
