@@ -129,6 +129,16 @@ def test_a_folder_that_cannot_hold_rounds_is_refused_in_one_line(data, tmp_path,
     assert not ran
 
 
+def test_a_part_that_is_gone_is_refused_in_one_line(data, tmp_path, ran):
+    copy = tmp_path / data.name
+    shutil.copytree(data, copy)
+    gone = next((copy / "plate" / "train" / "good").iterdir())
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere.png")
+    assert "cannot be read" in rounds(copy, tmp_path / "out").error()
+    assert not ran
+
+
 def test_another_model_or_station_is_refused_by_name(tmp_path):
     made = made_of("loupe@int8", "a" * 64, tmp_path)
     assert made == made_of("loupe@int8", "a" * 64, tmp_path) == json.loads((tmp_path / MADE).read_text())

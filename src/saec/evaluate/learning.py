@@ -57,9 +57,13 @@ def unseen_stream(
         product, rounds, parts, seed: see there.
 
     Raises:
-        BadInput: a product without labelled parts, or too few that nobody has learnt from.
+        BadInput: a product without labelled parts, too few that nobody has learnt from, or a part that cannot be read.
     """
-    known = {sha256_file(part.path) for part in fitting}
+    try:
+        known = {sha256_file(part.path) for part in fitting}
+    except OSError as error:
+        fix = error.strerror or "check its permissions"
+        raise BadInput("a part to fit to cannot be read", where=error.filename, fix=fix) from None
     if mllm is not None and mllm.adapter is not None:
         folders = (mllm.adapter, mllm.adapter.resolve().parent)
         known |= content_hashes(folder / TRAINED_ON for folder in folders if (folder / TRAINED_ON).is_file())
