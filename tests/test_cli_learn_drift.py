@@ -104,6 +104,8 @@ def test_a_run_is_held_against_the_version_that_judged_it_whichever_counts_now(l
         seen = json.loads(saec("learn", "drift", run, "--station", taught, "--json").out)["plate"]
         assert (seen["version"], seen["others"], seen["n"]) == (version, 0, 40)
         assert ("rejects" in {alarm["kind"] for alarm in seen["standing"]}) is (version == 0)
+        told = saec("learn", "drift", run, "--station", taught).out
+        assert ("counts now: inspect again" in told) is (version != (0 if back else 1))
 
 
 def test_a_run_over_two_versions_is_held_against_the_last_one_with_its_own_parts(line, taught, tmp_path):

@@ -38,6 +38,7 @@ def drift(
     from saec.cli.console import print_json, print_tables, say
     from saec.evaluate.drift import drift_summary
     from saec.evaluate.runner import recorded
+    from saec.fleet.slots import Slots
     from saec.learn.rulings import read_labels
 
     settings = settings_of(config, set_)
@@ -66,6 +67,8 @@ def drift(
                 say(f"{product}: quiet over {seen['n']} parts.")
         if others:
             say(f"{others} parts that other versions judged are left out; version {version} judged last.")
+        if (now := Slots(station).pointer.current.version) != version:
+            say(f"Version {version} judged the run, and version {now} counts now: inspect again to see how it does.")
     if any(seen["standing"] for seen in found.values()):
         raise typer.Exit(GATE_FAILED)
 
