@@ -110,6 +110,19 @@ def test_a_round_is_measured_before_it_is_learnt_from_and_the_held_out_parts_aft
     assert found["start"]["cloud_alone"] == 1.0
 
 
+def test_how_often_the_teacher_is_right_is_over_this_rounds_parts(tmp_path, station):
+    class Twice(World):
+        """Samples of an update that was dropped come again."""
+
+        def learn(self, arm, station, verdicts, labels):
+            found = super().learn(arm, station, verdicts, labels)
+            again = replace(found.rulings[0], sha256="9" * 64, p_defect=0.1)
+            return replace(found, rulings=(*found.rulings, again))
+
+    first = run(station, tmp_path, Twice(), {ADAPTED})["arms"][0]["rounds"][0]
+    assert (first["learnt"]["rulings"], first["learnt"]["teacher_right"]) == (2, 1.0)
+
+
 def test_people_label_as_many_of_the_least_certain_as_the_arm_says(tmp_path, station):
     world = World()
     run(station, tmp_path, world, {ADAPTED, "human labels"})

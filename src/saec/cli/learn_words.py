@@ -20,7 +20,7 @@ def table(told: Mapping[str, Learnt]) -> Table:
         for product, learnt in told.items()
         for row in (*([] if learnt.earlier is None else [_row(product, learnt.earlier)]), _row(product, learnt))
     ]
-    note = "probe: accuracy on parts held out from every lesson; n of them"
+    note = "probe: accuracy on parts held out from every lesson"
     return Table("Learnt", tuple(rows[0]), rows, (note,))
 
 
@@ -32,9 +32,9 @@ def _row(product: str, learnt: Learnt) -> dict[str, Cell]:
         "opinions": len(learnt.rulings),
         "failed": learnt.failures,
         "by people": sum(ruling.who == "human" for ruling in learnt.rulings),
-        "probe n": None if applied is None else learnt.probes,
-        "before": None if applied is None else percent(applied.before),
-        "after": None if applied is None else percent(applied.after),
+        "probe parts": None if applied is None else learnt.probes,
+        "probe before": None if applied is None else percent(applied.before),
+        "probe after": None if applied is None else percent(applied.after),
         "KB up": round(learnt.bytes_up / 1e3, 1),
         "KB down": round(learnt.bytes_down / 1e3, 1),
         "s": round(learnt.seconds, 1),

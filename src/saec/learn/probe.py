@@ -13,6 +13,7 @@ import numpy as np
 
 from saec.config import Settings
 from saec.data.decode import UnreadableImage, read_with_hash
+from saec.data.hashing import sha256_file
 from saec.edge.station import Station
 from saec.learn.rulings import OPINIONS, Ruling, open_rulings
 from saec.learn.samples import for_probe
@@ -28,6 +29,9 @@ PROVEN_FROM = 5
 """Parts from which a probe set proves something: with fewer, one part that goes either way by chance is more than the
 fifth that an update may lose anyhow. An update measured on fewer is applied, and is said to be not proven."""
 
+_ROUNDING = 1e-9
+"""Of accuracies: 5/6 - 1/6 is a little more than 4/6."""
+
 
 def allowed_loss(parts: int, probe_loss: float) -> float:
     """Return the accuracy that an update may cost on a probe set: ``probe_loss``, but one part more or less is chance.
@@ -35,7 +39,7 @@ def allowed_loss(parts: int, probe_loss: float) -> float:
     The one rule for ``saec learn once`` and ``saec learn apply``. It holds below :data:`PROVEN_FROM` too: more than one
     part lost is a loss, though one part kept proves nothing.
     """
-    return max(probe_loss, 1 / max(1, parts))
+    return max(probe_loss, 1 / max(1, parts)) + _ROUNDING
 
 
 def is_proven(parts: int) -> bool:
@@ -56,14 +60,15 @@ def keep_for_probe(home: Path, verdict: Verdict) -> None:
 def probe_set(home: Path, rulings: Sequence[Ruling], settings: Settings) -> list[Ruling]:
     """Return the rulings on the probe set, people's and sure ones: those kept so far, and of ``rulings``.
 
-    Each part counts once, with the latest ruling.
+    Each part counts once, with the latest ruling, and only while its image is what it was.
     """
     latest = {
         each.sha256: each
         for each in (*open_rulings(home / OPINIONS), *rulings)
         if for_probe(each.sha256) and counts(each, settings.learn) and (home / PROBE / each.sha256).is_file()
     }
-    return list(latest.values())[-MOST:]
+    whole = [each for each in latest.values() if sha256_file(home / PROBE / each.sha256) == each.sha256]
+    return whole[-MOST:]
 
 
 def probe_of(home: Path, product: str, probes: Sequence[Ruling], settings: Settings) -> Callable[[Path], float]:

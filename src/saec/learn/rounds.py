@@ -184,15 +184,17 @@ def figures(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _told(learnt: Learnt, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return what is kept of a round of learning. How often the teacher is right is known here alone."""
+    """Return what is kept of a round of learning. How often the teacher is right is known here alone, and of this
+    round's parts: samples of an earlier one whose update was dropped come again."""
     truth = {verdict.sha256: verdict.truth for verdict in verdicts}
     models = [ruling for ruling in learnt.rulings if ruling.who == "model"]
+    told = [ruling.label is truth[ruling.sha256] for ruling in models if ruling.sha256 in truth]
     applied = learnt.applied
     return {
         "samples": learnt.samples,
         "rulings": len(learnt.rulings),
         "by_people": len(learnt.rulings) - len(models),
-        "teacher_right": _share([ruling.label is truth[ruling.sha256] for ruling in models]),
+        "teacher_right": _share(told),
         "taught": learnt.taught,
         "applied": None if applied is None else {**asdict(applied), "slot": applied.slot.name},
         "update_bytes": learnt.update_bytes,

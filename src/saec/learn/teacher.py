@@ -39,9 +39,10 @@ HOME, STATIONS = "teacher", "stations"
 
 NOTHING_NEW = "the station had learnt all of it before"
 
-LESSONS = 16
-"""Images of the service's largest size (``serve.max_pixels``) that lessons of one job may fill memory with; parts
-beyond that are not taught, and come again with the line's next round."""
+LESSONS = 4
+"""Images of the service's largest size (``serve.max_pixels``) that lessons of one job may fill memory with: by default
+200 MB, which 60 samples of 1024 x 1024 pixels take. Parts beyond that are not taught, and come again with the line's
+next round."""
 
 _COPIES = 16
 """States of stations that are kept; the oldest go."""
