@@ -198,8 +198,8 @@ def test_a_folder_that_is_not_what_its_option_says_is_refused_and_left_alone(sta
     assert "no station here" in saec(*call, "--station", tmp_path / "nowhere").error()
     assert "no adapter here" in saec(*call, "--adapter", station).error()
     assert "no adapter here" in saec(*call, "--adapter", tmp_path / "run").error()
-    if command[0] != "apply":  # there --station makes an adapter's maps
-        assert "two things" in saec(*call, "--station", station, "--adapter", tmp_path / "adapter").error()
+    both = saec(*call, "--station", station, "--adapter", tmp_path / "adapter").error()
+    assert ("makes the maps of --probe" if command[0] == "apply" else "two things") in both
     assert not list(tmp_path.rglob("slots"))
 
 

@@ -108,6 +108,17 @@ def test_a_state_whose_names_lead_elsewhere_is_never_written(station, tmp_path, 
     assert files_under(tmp_path.parent) == before
 
 
+@pytest.mark.parametrize("odd", [np.array(1), np.zeros((2, 31), np.uint8), np.zeros((2, 32), np.float32)])
+def test_a_list_of_images_that_is_none_is_never_written(station, tmp_path, odd):
+    for state, write in (
+        (adapter_state(adapter(tmp_path / "adapter")), lambda state: write_adapter(state, tmp_path / "out")),
+        (station_state(station, PRODUCT), lambda state: write_station(station, {PRODUCT: state}, tmp_path / "out")),
+    ):
+        with pytest.raises(BadInput, match="not a list of images"):
+            write(State({**state.tensors, LEARNT: odd}, state.document))
+    assert not (tmp_path / "out").exists()
+
+
 # -- stations
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from learn_states import KEY, MOST, STRANGE, adapter, naming, taught, update
 from saec.fleet.frame import Frame, decode_frame, encode_frame
-from saec.learn.delta import compress
-from saec.learn.state import adapter_state
+from saec.learn.delta import Delta, compress
+from saec.learn.state import State, adapter_state
 from saec.learn.update import ADAPTER, Refused, Update, decode_update, encode_update, product_of, product_target
 
 
@@ -113,6 +113,27 @@ def test_one_that_does_not_make_the_state_that_it_names_is_refused(root):
     lacking = replace(delta, arrays={n: v for n, v in delta.arrays.items() if n != "sparse/codes"})
     with pytest.raises(Refused, match="damaged"):
         decode_update(encode_update(replace(lie, delta=lacking), KEY), KEY, MOST).apply(base)
+
+
+@pytest.mark.parametrize(
+    "scales", [np.zeros((0, 2)), np.zeros((1, 2)), np.zeros((2, 1)), np.zeros(2), np.zeros((9, 2))]
+)
+def test_scales_that_are_not_one_for_each_tensor_are_damage(root, scales):
+    base = adapter_state(root)
+    delta = compress(base, taught(base), keep=0.1, bits=4)
+    wrong = replace(delta, arrays={**delta.arrays, "sparse/scales": scales.astype(np.float32)})
+    with pytest.raises(Refused, match="damaged"):
+        Update(ADAPTER, base.sha256, "0" * 64, 1, 0, wrong).apply(base)
+
+
+def test_rows_are_not_broadcast_to_more_than_was_sent():
+    base = State({"0.bank": np.zeros((3, 4), np.float32)}, {})
+    many = np.zeros((100_000, 1), np.int8)
+    for rows, scale in ((many, np.ones(1_000_000, np.float32)), (np.zeros((5, 4), np.int8), np.ones(1, np.float32))):
+        arrays = {"0.bank/dropped": np.zeros(0, np.int32), "0.bank/rows": rows, "0.bank/scale": scale}
+        header = {"ways": {"0.bank": "rows"}, "document": {"set": {}, "gone": []}, "sparse": None, "error": 0.0}
+        with pytest.raises(Refused, match="rows of another shape"):
+            Update(product_target("x"), base.sha256, "0" * 64, 1, 0, Delta(header, arrays)).apply(base)
 
 
 def test_the_same_update_is_the_same_bytes(root):

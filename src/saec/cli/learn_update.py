@@ -153,6 +153,10 @@ def apply(
 
     settings = settings_of(config, set_)
     root = _root(None if adapter else station, adapter)
+    if adapter and station and probe is None:
+        raise BadInput(
+            "beside --adapter, --station makes the maps of --probe", fix="pass --probe, or leave --station out"
+        )
     try:
         data = update.read_bytes()
     except OSError as error:

@@ -19,7 +19,7 @@ from saec.calibrate.calibration import Calibration
 from saec.calibrate.fusion import Fusion
 from saec.calibrate.policy import Policy
 from saec.config import RouteSettings, Settings
-from saec.edge.station import Station, StationManifest, read_manifest
+from saec.edge.station import Station, StationManifest, names_of, read_manifest
 from saec.errors import BadInput
 from saec.fleet.slots import VERSION_ROLE, Slots, Version
 from saec.types import EdgeResult, Image
@@ -36,13 +36,6 @@ class _Serving:
 
     version: Version
     station: Station
-
-
-def names_of(detector: str, identity: str, version: Version) -> dict[str, str]:
-    """Return what verdicts call a version of a station under ``models``: the detector with the hash of the fitted
-    station, and the version, such as ``3-1a2b3c4d``, unless it is 0."""
-    named = {VERSION_ROLE: version.name} if version.version else {}
-    return {"edge": f"{detector} station:{identity[:12]}", **named}
 
 
 def judge_of(models: Mapping[str, str]) -> tuple[str, str]:

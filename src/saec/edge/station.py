@@ -42,7 +42,7 @@ from saec.edge.head import EdgeHead, pool_features
 from saec.edge.memory import Floats, Memory
 from saec.edge.replay import Replay
 from saec.errors import BadInput
-from saec.fleet.slots import Slots, Version, current_folder
+from saec.fleet.slots import VERSION_ROLE, Slots, Version, current_folder
 from saec.types import EdgeResult, Image, Observation
 
 FORMAT = 2
@@ -123,8 +123,8 @@ class Station:
 
     @property
     def models(self) -> Mapping[str, str]:
-        """The detector and the station's hash: what judges, recorded in every verdict."""
-        return {"edge": f"{self.manifest.detector} station:{self.manifest.sha256[:12]}"}
+        """What judges, as it is: see :func:`names_of`."""
+        return names_of(self.manifest.detector, self.manifest.sha256, Version())
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ class Station:
                 name: _read_product(folder_name(name), data, backbone, settings.edge.threads)
                 for name in manifest.products
             }
-        except (KeyError, TypeError, ValueError, SafetensorError, UnreadableImage) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, SafetensorError, UnreadableImage) as error:
             raise BadInput(f"the station is damaged ({error})", where=path, fix=FIT_AGAIN) from None
         return cls(models, manifest, route=settings.route)
 
@@ -234,6 +234,13 @@ def read_manifest(path: Path) -> StationManifest:
     except ValidationError as error:
         what = f"the station is damaged ({error.errors()[0]['msg']})"
         raise BadInput(what, where=path / INDEX, fix=FIT_AGAIN) from None
+
+
+def names_of(detector: str, identity: str, version: Version) -> dict[str, str]:
+    """Return what a verdict's ``models`` call a version of a station: the detector with the hash of what was fitted,
+    and the version, such as ``3-1a2b3c4d``, unless it is 0."""
+    named = {VERSION_ROLE: version.name} if version.version else {}
+    return {"edge": f"{detector} station:{identity[:12]}", **named}
 
 
 def folder_name(product: str) -> str:

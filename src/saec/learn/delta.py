@@ -72,6 +72,9 @@ class Delta:
         kept = np.delete(base, self.arrays[f"{name}/dropped"], axis=0)
         added = self.arrays[f"{name}/rows"]
         scale = self.arrays.get(f"{name}/scale")
+        for found in (added.shape[1:], *([] if scale is None else [scale.shape])):  # else they would be broadcast
+            if found != base.shape[1:]:
+                raise ValueError(f"rows of another shape than those of {name}")
         if scale is not None:
             added = added.astype(np.float32) * scale
         return np.concatenate([kept, added.astype(base.dtype)])
@@ -87,6 +90,8 @@ class Delta:
         codes, scales = unzipped(self.arrays[_CODES], len(positions)), iter(self.arrays[_SCALES])
         if len(codes) != len(positions):
             raise ValueError("fewer changes than positions")
+        if self.arrays[_SCALES].shape != (sum(1 for _ in _by_tensor(base, names, positions)), 2):
+            raise ValueError("not one scale for each tensor that changed")
         changed = {}
         for name, inside, at in _by_tensor(base, names, positions):
             value = base[name].astype(np.float32).ravel()

@@ -208,17 +208,23 @@ def write_adapter(state: State, out: Path) -> None:
     """Write an adapter's folder that :func:`adapter_state` reads the same state from.
 
     Raises:
-        BadInput: names that no adapter has; nothing is written.
+        BadInput: names that no adapter has, or no list of images; nothing is written.
         OSError: it cannot be written.
     """
     weights = {name: value for name, value in state.tensors.items() if name != LEARNT}
     files = files_of_state(State(weights, state.document), WEIGHTS)
+    if LEARNT in state.tensors:
+        files[TRAINED_ON] = "".join(f"{sha256}\n" for sha256 in _hashes(state)).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (out / name).write_bytes(data)
-    if LEARNT in state.tensors:
-        (out / TRAINED_ON).write_text("".join(f"{sha256}\n" for sha256 in _hashes(state)))
 
 
 def _hashes(state: State) -> list[str]:
-    return [row.tobytes().hex() for name in (LEARNT, FORGOTTEN) if name in state.tensors for row in state.tensors[name]]
+    found = []
+    for name in (LEARNT, FORGOTTEN):
+        rows = state.tensors.get(name, np.empty((0, 32), np.uint8))
+        if rows.dtype != np.uint8 or rows.shape[1:] != (32,):
+            raise BadInput("not a list of images", where=name, fix="restore the file, or ask for another update")
+        found += [row.tobytes().hex() for row in rows]
+    return found
