@@ -12,6 +12,7 @@ import pytest
 
 import saec
 from edge_parts import plate, put
+from saec.config import Settings, load_settings
 
 ROOT = Path(saec.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -243,3 +244,13 @@ def test_type_checkers_see_the_same_homes_as_the_program():
         alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert declared == {name: saec._HOME.get(name, "saec.types") for name in PUBLIC if name != "__version__"}
+
+
+def test_every_setting_can_be_said_as_text():
+    plain = Settings()
+    for section in Settings.model_fields:
+        for key, value in getattr(plain, section).model_dump(mode="json").items():
+            if isinstance(value, list | dict):
+                continue
+            text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            assert load_settings(None, overrides=[f"{section}.{key}={text}"], environ={}) == plain, f"{section}.{key}"

@@ -9,9 +9,9 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from saec.errors import BadInput
 
@@ -224,6 +224,11 @@ class TokenSettings(Section):
     bits: int = Field(4, ge=3, le=8, description="Bits of a coordinate, before packing.")
 
 
+def _whole(value: object) -> object:
+    """Return text that is a whole number as one: pydantic does so for ``int``, not for a choice of some."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class LearnSettings(Section):
     """Learning from what the edge was unsure of."""
 
@@ -241,7 +246,7 @@ class LearnSettings(Section):
     bank_rows: int = Field(600, ge=0, description="Patches that a round may add to a memory bank, per pass.")
     bank_most: int = Field(6000, ge=1, description="Patches in a memory bank at most, per pass.")
     keep: float = Field(0.02, gt=0, le=1, description="Share of an adapter's changed weights that goes down.")
-    bits: Literal[2, 3, 4, 6, 8] = Field(4, description="Bits of a changed weight.")
+    bits: Annotated[Literal[2, 3, 4, 6, 8], BeforeValidator(_whole)] = Field(4, description="Bits of a changed weight.")
     probe_loss: float = Field(
         0.005,
         ge=0,
