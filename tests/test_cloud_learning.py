@@ -337,7 +337,7 @@ async def stalled(client: httpx.AsyncClient, count: int, announced: int) -> Asyn
 
 async def test_uploads_that_stall_stop_nobody_else(desk):
     some = frames(2)
-    async with service(desk) as client, stalled(client, 20, 1000), asyncio.timeout(5):
+    async with service(desk) as client, asyncio.timeout(20), stalled(client, 20, 1000):
         for each in some.items():
             assert (await put(client, *each)).status_code == 201
         assert (await client.post("/v1/learn/missing", json={"frames": []})).status_code == 200
@@ -349,7 +349,7 @@ async def test_uploads_that_stall_stop_nobody_else(desk):
 async def test_bytes_on_their_way_are_bounded_and_job_reads_need_none(desk):
     ((name, data),) = frames(1).items()
     async with service(desk, max_body_bytes=1_000_000) as client:
-        async with stalled(client, 8, 1_000_000), asyncio.timeout(5):
+        async with asyncio.timeout(20), stalled(client, 8, 1_000_000):
             answer = await put(client, name, data)
             assert refusal(answer) == (429, "too many bytes of learning are on their way")
             assert answer.json()["retry_after_s"] > 0
