@@ -51,6 +51,15 @@ def run_of(folder: Path, parts, station: Station | None = None) -> Path:
     return record(folder, judged(station or fitted(), parts))
 
 
+def of_two_products(line: Line) -> None:
+    """Put a station in the line's place that knows a second product, the sheet."""
+    station = fitted()
+    both = {name: station.model(PRODUCT) for name in (PRODUCT, "sheet")}
+    shutil.rmtree(line.station)
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in station_files(both).items()}
+    Station(both, replace(station.manifest, products=tuple(both), files=files)).save(line.station)
+
+
 def once(run: Path, line: Line, *more: object):
     return saec("learn", "once", run, "--station", line.station, "--cloud", URL, "--set", "edge.threads=1", *more)
 
@@ -152,13 +161,9 @@ def test_two_at_a_time_are_one_and_a_clear_line(tmp_path, line, desk):
 
 
 def test_each_product_is_told_though_another_fails(tmp_path, line, desk):
-    station = fitted()
-    both = {name: station.model(PRODUCT) for name in (PRODUCT, "sheet")}
-    shutil.rmtree(line.station)
-    files = {name: hashlib.sha256(data).hexdigest() for name, data in station_files(both).items()}
-    Station(both, replace(station.manifest, products=tuple(both), files=files)).save(line.station)
-    verdicts = judged(station, new_parts(tmp_path / "parts", 4))
-    other = judged(station, new_parts(tmp_path / "others", 4, first=60))
+    of_two_products(line)
+    verdicts = judged(fitted(), new_parts(tmp_path / "parts", 4))
+    other = judged(fitted(), new_parts(tmp_path / "others", 4, first=60))
     run = record(tmp_path / "run", [*verdicts, *(replace(each, product="sheet") for each in other)])
     sheet = Line(line.station, "sheet", SETTINGS).home
     sheet.mkdir(parents=True)
@@ -166,6 +171,14 @@ def test_each_product_is_told_though_another_fails(tmp_path, line, desk):
     found = once(run, line)
     assert "plate: version 1 counts from now on" in found.out
     assert "the round is damaged" in found.error()
+
+
+def test_where_the_service_goes_away_the_other_products_are_not_begun(tmp_path, line, desk):
+    of_two_products(line)
+    run = run_of(tmp_path / "run", new_parts(tmp_path / "parts", 2))
+    desk.broken = "start"
+    found = once(run, line)
+    assert (found.code, "Not begun: sheet." in found.err) == (2, True)
 
 
 def test_a_service_that_is_not_there_is_told_at_once(tmp_path, line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from edge_parts import SETTINGS, defects, good_parts
 from learn_parts import DeskClient, judged, line_of, new_parts, sampler
 from saec.cloud.learning import JobFailed
 from saec.config import Settings
-from saec.edge.station import Station
+from saec.edge.station import Station, station_files
 from saec.errors import BadInput
 from saec.fleet.outbox import Outbox, OutboxFull
 from saec.fleet.slots import Slots
@@ -298,3 +299,12 @@ def test_why_a_part_is_no_sample_is_counted(tmp_path, line, client):
     found = learn(line, [*judged(station, parts), *sure], client, lambda verdict, human: None)
     passed = found.passed
     assert (found.samples, passed.known, passed.gone, passed.unwanted) == (0, 3, 3, 2)
+
+
+def test_a_station_that_cannot_be_taught_is_told_before_anything_goes_up(tmp_path, line, client):
+    model = replace(current(line).model("plate"), replay=None)
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in station_files({"plate": model}).items()}
+    Station({"plate": model}, replace(current(line).manifest, files=files)).save(line.station)
+    with pytest.raises(BadInput, match="cannot be taught: its station holds no replay"):
+        one_round(line, client, new_parts(tmp_path / "parts", 3))
+    assert not client.sent

@@ -120,7 +120,9 @@ def _each(
             errors[product] = BadInput(f"{product}: {error}", where=cloud)
         except CloudError as error:
             errors[product] = _of_the_cloud(error, cloud)
-            break  # the others would wait for it in vain
+            if others := judge.products[len(told) + len(errors) :]:  # they would wait for it in vain
+                error_console.print(f"Not begun: {', '.join(others)}.")
+            break
         except BadInput as error:
             errors[product] = error
         else:

@@ -55,13 +55,17 @@ def begin(
     outbox, emptied before; return the round once it is on the disk, ``None`` without samples, and what passed.
 
     Raises:
-        BadInput: the station or the line's records are damaged, or not even one sample fits into the outbox.
+        BadInput: the station cannot be taught, it or the line's records are damaged, or not even one sample fits into
+            the outbox.
     """
     outbox.keep_only(())  # what a round left there that never came to be must not go up with this one
+    station = Station.load(Slots(line.station).current(), settings=line.settings)
+    if station.model(line.product).replay is None:  # said before anything has gone up
+        fix = "fit the station again, without --classifier"
+        raise BadInput("this product cannot be taught: its station holds no replay", where=line.product, fix=fix)
     past = past_samples(line.home)
     own = {verdict.sha256: verdict for verdict in verdicts if verdict.product == line.product}
     people = {each.taken.sha256: each.taken.human for each in past if each.taken.human is not None} | dict(labels)
-    station = Station.load(Slots(line.station).current(), settings=line.settings)
     learnt = learnt_by(station, line.product)
     known = known_parts(learnt, open_rulings(line.home / OPINIONS), people, past, line.settings.learn)
     parts = {each.taken.sha256: each.taken.as_verdict() for each in past} | own
