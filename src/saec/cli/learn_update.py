@@ -174,7 +174,8 @@ def apply(
         rates = f"is right on {percent(done.after)} of the probe set, the one at work on {percent(done.before)}"
         raise GateFailed(f"version {done.version} {rates}: it was dropped")
     if not json_:
-        on = "" if done.after is None else f"; on the probe set {percent(done.after)}, before {percent(done.before)}"
+        on = f"; on the probe set {percent(done.after)}, before {percent(done.before)}"
+        on = "; it is not proven: pass --probe" if done.after is None else on
         say(f"Version {done.version} counts now{on}.")
         if unmeasured:
             say("That is its head and its thresholds; the bank's own change is not measured: pass --probe.")

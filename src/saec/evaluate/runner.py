@@ -26,6 +26,7 @@ from saec.calibrate.policy import Policy
 from saec.config import RouteSettings, Settings
 from saec.data.decode import read_with_hash
 from saec.data.hashing import sha256_file
+from saec.edge.hot import judge_of
 from saec.errors import BadInput
 from saec.evaluate.drift import drift_summary
 from saec.evaluate.meter import Meter, Reading
@@ -264,8 +265,8 @@ def _summary(
 ) -> dict[str, Any]:
     seen = {verdict.product for verdict in verdicts}
     calibrations = {product: station.calibration(product) for product in station.products if product in seen}
-    # Verdicts of an earlier version of the station have nothing to do with what this one was calibrated on.
-    own = [verdict for verdict in verdicts if station.models.items() <= verdict.models.items()]
+    # Verdicts of another version of the station have nothing to do with what this one was calibrated on.
+    own = [verdict for verdict in verdicts if judge_of(verdict.models) == judge_of(station.models)]
     summary = summarise(
         verdicts,
         stats=None if resumed else RunTimes.of(stats),
