@@ -292,7 +292,7 @@ def test_the_bench_holds_every_way_to_compress_against_the_dense_update(tmp_path
     parts = [*good_parts(tmp_path, 2), *defects(tmp_path, 2)]
     probe = AdapterProbe(Taught(new), parts, SETTINGS, None)
     ways = [*(Way(keep, 8, "magnitude") for keep in (0.05, 1.0)), Way(0.05, 8, "sensitivity")]  # of gradients unknown
-    dense, none, little, much = bench_update(root, tmp_path / "new", probe, ways).rows
+    dense, none, little, much = bench_update(root, tmp_path / "new", probe, ways, answers=probe).rows
     assert (dense["same label"], dense["mean |ΔP|"]) == ("100.0%", 0.0)
     assert 0 == none["bytes"] < little["bytes"] < much["bytes"] < dense["bytes"]
     assert none["mean |ΔP|"] > much["mean |ΔP|"]

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from learn_states import learnt
 from saec.errors import BadInput
 from saec.learn.delta import Delta, compress, fit_keep
+from saec.learn.gain import fit_gain
 from saec.learn.sensitivity import training_sensitivity
 from saec.learn.sparse import changes_of, packed, quantised, unpacked, unzipped, zipped
 from saec.learn.state import State
@@ -210,7 +211,10 @@ def test_the_smallest_share_that_loses_no_more_than_stated_is_found():
     def loss_of(tried: State) -> float:
         return distance(tried, new)
 
-    keep, delta = fit_keep(base, new, loss_of, bits=8, most=0.01, keeps=(0.01, 0.1, 0.3, 1.0))
+    def make(keep: float) -> Delta:
+        return compress(base, new, keep=keep, bits=8)
+
+    keep, delta = fit_keep(base, new, make, loss_of, most=0.01, keeps=(0.01, 0.1, 0.3, 1.0))
     assert loss_of(delta.apply(base)) <= 0.01
     assert loss_of(compress(base, new, keep=0.1 if keep == 0.3 else 0.01, bits=8).apply(base)) > 0.01
 
@@ -229,3 +233,49 @@ def test_weights_matter_as_their_gradients_did_in_the_last_checkpoint_of_their_t
     (folder / "optimizer.safetensors").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(BadInput, match="checkpoint is damaged"):
         training_sensitivity(tmp_path / "run" / "last")
+
+
+# -- amplified
+
+
+def test_a_gain_multiplies_what_is_sent_and_costs_no_bytes():
+    base = state(dtype=np.float32)
+    new = moved(base)
+    plain, louder = (compress(base, new, keep=0.1, bits=8, gain=gain) for gain in (1.0, 2.5))
+    assert sum(a.nbytes for a in louder.arrays.values()) == sum(a.nbytes for a in plain.arrays.values())
+    one, other = plain.apply(base), wire(louder).apply(base)
+    for name in ("a", "b"):
+        sent = one.tensors[name] - base.tensors[name]
+        np.testing.assert_allclose(other.tensors[name] - base.tensors[name], 2.5 * sent, atol=1e-5)
+    assert louder.header["sparse"]["norm"] == pytest.approx(plain.header["sparse"]["norm"])
+    assert louder.error == pytest.approx(2.5 * plain.error, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", [-1, 1])
+def test_the_gain_brings_answers_closer_where_small_changes_pull_together(way):
+    """A logit that sums all weights: what is left out shifts it one way, and what is sent makes up for that."""
+    base = State({"a": np.zeros((20, 100), np.float32)}, {})
+    rng = np.random.default_rng(3)
+    new = State({"a": np.asarray(way * np.abs(rng.standard_t(3, size=(20, 100))), np.float32)}, {})
+    parts = rng.uniform(0.5, 1.5, size=(50, 2000))
+
+    def p_of(tried: State) -> np.ndarray:
+        return 1 / (1 + np.exp(-(parts @ tried.tensors["a"].ravel()) / 1000))
+
+    def make(gain: float) -> Delta:
+        return compress(base, new, keep=0.2, bits=4, gain=gain)
+
+    gain, delta = fit_gain(base, new, make, p_of)
+    assert 1.5 <= gain <= 3
+    left, left_plain = (np.abs(p_of(d.apply(base)) - p_of(new)).mean() for d in (delta, make(1.0)))
+    assert left < 0.25 * left_plain
+
+
+def test_an_update_that_answers_as_it_should_is_not_amplified():
+    base = state(dtype=np.float32)
+    new = moved(base)
+
+    def p_of(tried: State) -> np.ndarray:
+        return np.abs(tried.tensors["a"] - new.tensors["a"]).clip(0, 1).ravel()
+
+    assert fit_gain(base, new, lambda gain: compress(base, new, keep=1.0, bits=8, gain=gain), p_of)[0] == 1.0

@@ -313,6 +313,7 @@ def update(
     from saec.cli.options import load_station, mllm_backend
     from saec.evaluate.bench_update import SELECTIONS, Way, bench_update
     from saec.evaluate.probe import AdapterProbe, labelled
+    from saec.learn.gain import PARTS as GAIN_PARTS
 
     settings = settings_of(config, set_)
     parts = sample(labelled(data, settings), limit)
@@ -323,7 +324,12 @@ def update(
         raise BadInput(
             "not a list of shares or bits", where=f"{keep} {bits}", fix="such as 0.01,0.02 and 2,4"
         ) from None
-    probe = AdapterProbe(mllm_backend(settings), parts, settings, maps)
+    backend = mllm_backend(settings)
+    aside = parts[:: max(2, len(parts) // GAIN_PARTS)]
+    measured = [part for part in parts if part not in aside]
+    if not measured:
+        raise BadInput("too few parts", where=data, fix="pass at least 3 labelled ones")
+    probe, answers = (AdapterProbe(backend, some, settings, maps) for some in (measured, aside))
     with steps() as progress:
-        table = bench_update(base, new, probe, ways, progress=stepper(progress))
+        table = bench_update(base, new, probe, ways, answers=answers, progress=stepper(progress))
     finish(json_, table)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from saec.cli.learn_diff import diff
 from saec.cli.learn_distill import distill
 from saec.cli.learn_drift import drift
 from saec.cli.learn_round import once
 from saec.cli.learn_rounds import rounds
-from saec.cli.learn_update import apply, diff, rollback, versions
+from saec.cli.learn_update import apply, rollback, versions
 
 app = typer.Typer(
     no_args_is_help=True,

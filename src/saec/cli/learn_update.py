@@ -1,4 +1,4 @@
-"""``saec learn diff``, ``apply``, ``rollback`` and ``versions``: updates made, applied, and taken back by hand."""
+"""``saec learn apply``, ``rollback`` and ``versions``: updates applied, and taken back, by hand."""
 
 from __future__ import annotations
 
@@ -25,99 +25,6 @@ KeyFile = Annotated[
         metavar="FILE", help="Token that updates are authenticated with. Default: cloud.token of the settings."
     ),
 ]
-
-
-def diff(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Station or adapter as devices have it.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="The same, taught.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update.", show_default=False)],
-    product: Annotated[str | None, typer.Option(metavar="NAME", help="Of the station.", show_default=False)] = None,
-    probe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DATA",
-            help="Labelled parts: send the smallest share of an adapter's changes that loses at most learn.probe_loss "
-            "on them, in place of learn.keep.",
-            show_default=False,
-        ),
-    ] = None,
-    maps: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Station that makes their anomaly maps.", show_default=False)
-    ] = None,
-    key_file: KeyFile = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Make a compressed update from one station or adapter to another.
-
-    Of an adapter the most important changes go (learn.keep, learn.bits), by its gradients where NEW lies in the folder
-    of its training run, else by size. A station's grown bank goes in 8 bits, all else exact.
-    """
-    from saec.cli.console import print_json, print_tables
-    from saec.data.manifest import write_atomic
-    from saec.evaluate.bench_update import delta_figures, figures_table
-    from saec.fleet.slots import Slots
-    from saec.learn.apply import state_of
-    from saec.learn.delta import compress, fit_keep
-    from saec.learn.sensitivity import training_sensitivity
-    from saec.learn.update import ADAPTER, Update, encode_update
-
-    settings = settings_of(config, set_)
-    if out.is_dir() or not out.parent.is_dir():
-        what = "this is a folder" if out.is_dir() else "no such folder"
-        raise BadInput(what, where=out if out.is_dir() else out.parent, fix="pass the file to write as --out")
-    slots = Slots(base)
-    target = _target_of(_checked(base), product)
-    if target != ADAPTER and (probe or maps):
-        fix = "saec learn apply --probe proves a station's update"
-        raise BadInput("--probe and --maps choose the share of an adapter's changes", where=base, fix=fix)
-    before, after = state_of(slots.current(), target), state_of(_checked(new), target)
-    if before.sha256 == after.sha256:
-        raise BadInput("both are the same: there is nothing to send", where=f"{base}, {new}", fix="teach NEW first")
-    learn, found = settings.learn, {}
-    matters = training_sensitivity(new) if target == ADAPTER else {}
-    if target == ADAPTER and probe is not None:
-        loss_of = _adapter_probe(probe, maps, settings).loss
-        keep, delta = fit_keep(before, after, loss_of, bits=learn.bits, most=learn.probe_loss, sensitivity=matters)
-        found = {"keep": keep, "accuracy": 1 - loss_of(delta.apply(before)), "accuracy_dense": 1 - loss_of(after)}
-    else:
-        share = learn.keep if target == ADAPTER else None
-        delta = compress(before, after, keep=share, bits=learn.bits, sensitivity=matters)
-    decoded = delta.apply(before)
-    if decoded.sha256 == before.sha256:
-        raise BadInput("no change is large enough to be sent", where=new, fix="raise learn.keep")
-    version = slots.pointer.highest + 1
-    update = Update(target, before.sha256, decoded.sha256, version, slots.pointer.current.version, delta, found)
-    data = encode_update(update, _key(key_file, settings))
-    try:
-        write_atomic(out, data)
-    except OSError as error:
-        raise BadInput("cannot write the update", where=out, fix=error.strerror or "check the path") from None
-    figures = {"target": target, "version": version, **found, **delta_figures(delta, after, len(data))}
-    if json_:
-        print_json(figures)
-    else:
-        shown = {_SHOWN[key]: _figure(value) for key, value in figures.items() if key in _SHOWN}
-        print_tables(figures_table(f"Update {version} of {target}", shown))
-
-
-_SHOWN = {
-    "bytes": "bytes",
-    "dense_bytes": "bytes of all that is taught, uncompressed",
-    "keep": "share of the changed weights that is sent",
-    "entries": "weights that are sent",
-    "norm": "share of the change's squared norm that arrives",
-    "left_out": "largest change of a weight that is left out",
-    "error": "largest error of a value that is sent, in its tensor's units",
-    "accuracy": "accuracy on the probe set, as sent",
-    "accuracy_dense": "accuracy on the probe set, all sent",
-}
-"""What a terminal calls each figure of an update."""
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def apply(
@@ -161,7 +68,7 @@ def apply(
         data = update.read_bytes()
     except OSError as error:
         raise BadInput("cannot read the update", where=update, fix=error.strerror or "check the path") from None
-    key, most = _key(key_file, settings), settings.learn.max_frame_bytes
+    key, most = key_of(key_file, settings), settings.learn.max_frame_bytes
     measure = _probe(root, data, key, station if adapter else None, probe, settings)
     remembered = measure if isinstance(measure, ReplayProbe) else None
     tolerance = max(settings.learn.probe_loss, 0.0 if remembered is None else remembered.chance)
@@ -246,7 +153,7 @@ def _root(station: Path | None, adapter: Path | None) -> Path:
     return adapter
 
 
-def _checked(root: Path) -> Path:
+def checked(root: Path) -> Path:
     """Return the folder that counts of a station or an adapter.
 
     Raises:
@@ -259,7 +166,7 @@ def _checked(root: Path) -> Path:
     return current_folder(_root(root if is_station else None, None if is_station else root))
 
 
-def _target_of(folder: Path, product: str | None) -> str:
+def target_of(folder: Path, product: str | None) -> str:
     """Return the target in a folder: the adapter, or the product named, or a station's only one."""
     from saec.edge.station import INDEX, read_manifest
     from saec.learn.update import ADAPTER, product_target
@@ -274,7 +181,8 @@ def _target_of(folder: Path, product: str | None) -> str:
     return product_target(product or products[0])
 
 
-def _key(file: Path | None, settings: Settings) -> bytes | None:
+def key_of(file: Path | None, settings: Settings) -> bytes | None:
+    """Return what updates are authenticated with: the token in a file, else the settings'."""
     if file is None:
         return None if settings.cloud.token is None else settings.cloud.token.encode()
     try:
@@ -297,11 +205,12 @@ def _probe(
     if product is None:
         if parts is None:
             return None
-        return _adapter_probe(parts, maps, settings)
+        return adapter_probe(parts, maps, settings)
     return replay_probe(root, product, settings) if parts is None else station_probe(parts, product, settings)
 
 
-def _adapter_probe(parts: Path, maps: Path | None, settings: Settings) -> AdapterProbe:
+def adapter_probe(parts: Path, maps: Path | None, settings: Settings) -> AdapterProbe:
+    """Return what asks the model of the settings about labelled parts, with one adapter after the other."""
     from saec.evaluate.probe import AdapterProbe, labelled
 
     station = None if maps is None else load_station(maps, settings)

@@ -12,18 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saec.calibrate.metrics import auroc
-from saec.evaluate.probe import TAU, AdapterProbe
+from saec.evaluate.probe import TAU, AdapterAnswers, AdapterProbe
 from saec.evaluate.table import Cell, Table
 from saec.learn.delta import Delta, compress
+from saec.learn.gain import fit_gain
 from saec.learn.sensitivity import training_sensitivity
 from saec.learn.state import LEARNT, State, Tensors, adapter_state, write_adapter
 from saec.learn.update import ADAPTER, Update, encode_update
 from saec.types import Label
 
-Selection = Literal["magnitude", "sensitivity"]
-SELECTIONS: tuple[Selection, ...] = ("magnitude", "sensitivity")
+Selection = Literal["magnitude", "sensitivity", "amplified"]
+SELECTIONS: tuple[Selection, ...] = ("magnitude", "sensitivity", "amplified")
+"""By the size of a change; by size and gradient; the same, amplified (:mod:`saec.learn.gain`)."""
 
-COLUMNS = ("update", "keep", "bits", "bytes", "of fp16", "norm sent", "accuracy", "AUROC", "same label", "mean |ΔP|")
+COLUMNS = (
+    *("update", "keep", "bits", "bytes", "of fp16", "norm sent", "gain"),
+    *("accuracy", "AUROC", "same label", "mean |ΔP|"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ def bench_update(
     probe: AdapterProbe,
     ways: Sequence[Way],
     *,
+    answers: AdapterAnswers,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Table:
     """Compare each way with the dense update, and with none, on the probe's parts.
@@ -50,6 +56,7 @@ def bench_update(
         new: folder of the taught one; only in that of its training run are its gradients known.
         probe: asks the model.
         ways: what to compare, those by sensitivity only where the gradients are known.
+        answers: asks the model about other parts; on them gains are fitted.
         progress: called with step, done and total.
 
     Raises:
@@ -75,18 +82,20 @@ def bench_update(
         rows.append({"update": "none", **_quality(asked(before), dense, truth), "bytes": 0})
         for number, way in enumerate(ways):
             progress(f"{way.selection} {way.keep:.1%} {way.bits} bits", number + 2, len(ways) + 2)
-            delta = _compressed(before, after, way, weights)
+            delta = _compressed(before, after, way, weights, answers)
             decoded = delta.apply(before)
             size = len(encode_update(Update(ADAPTER, before.sha256, decoded.sha256, 1, 0, delta), b"key"))
             figures: dict[str, Cell] = {
                 "keep": f"{way.keep:.1%}",
                 "bits": way.bits,
                 "norm sent": f"{delta.header['sparse']['norm']:.1%}",
+                "gain": delta.header["sparse"]["gain"],
             }
             sizes: dict[str, Cell] = {"bytes": size, "of fp16": f"{size / dense_bytes:.2%}"}
             rows.append({"update": way.selection, **figures, **sizes, **_quality(asked(decoded), dense, truth)})
     notes = (
-        f"{len(truth)} parts, {int(truth.sum())} defects; accuracy at P ≥ {TAU}; dense: all weights in half precision",
+        f"{len(truth)} parts, {int(truth.sum())} defects; accuracy at P ≥ {TAU}; dense: all weights in half precision; "
+        "gains are fitted on other parts, without their labels",
     )
     return Table("Compressed updates of an adapter", COLUMNS, rows, notes)
 
@@ -106,9 +115,13 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     return Table(title, ("figure", "value"), [{"figure": key, "value": str(value)} for key, value in figures.items()])
 
 
-def _compressed(before: State, after: State, way: Way, weights: Tensors) -> Delta:
-    sensitivity = weights if way.selection == "sensitivity" else None
-    return compress(before, after, keep=way.keep, bits=way.bits, sensitivity=sensitivity)
+def _compressed(before: State, after: State, way: Way, weights: Tensors, answers: AdapterAnswers) -> Delta:
+    sensitivity = None if way.selection == "magnitude" else weights
+
+    def louder(gain: float) -> Delta:
+        return compress(before, after, keep=way.keep, bits=way.bits, gain=gain, sensitivity=sensitivity)
+
+    return fit_gain(before, after, louder, answers.p_of)[1] if way.selection == "amplified" else louder(1.0)
 
 
 def _quality(p: NDArray[np.float64], dense: NDArray[np.float64], truth: NDArray[np.bool_]) -> dict[str, Cell]:

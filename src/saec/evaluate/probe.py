@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -121,23 +122,12 @@ def _banks(model: ProductModel) -> str:
     return digest(bank_tensors(model.detector), {}).hex()
 
 
-class AdapterProbe:
-    """Asks a multimodal LLM about labelled parts, with one adapter after the other; called, it is a :data:`Probe`."""
+class AdapterAnswers:
+    """A multimodal LLM's answers to the same questions, with one adapter after the other."""
 
-    def __init__(self, backend: Swaps, parts: Sequence[Part], settings: Settings, maps: Station | None) -> None:
-        """``maps`` makes the anomaly maps that the questions carry."""
-        self._backend, self.parts, self._settings, self._maps = backend, parts, settings, maps
-        self._heat: dict[str, Heatmap | None] = {}
-
-    def __call__(self, folder: Path) -> float:
-        """Return the accuracy of an adapter."""
-        return _share_right(self.p_defect(folder), self.parts, TAU)
-
-    def loss(self, state: State) -> float:
-        """Return the share of wrong answers with an adapter that lies in memory."""
-        with TemporaryDirectory(prefix="saec-probe-") as scratch:
-            write_adapter(state, Path(scratch) / "adapter")
-            return 1 - self(Path(scratch) / "adapter")
+    def __init__(self, backend: Swaps, questions: Sequence[Callable[[], Query]]) -> None:
+        """``questions`` are made when they are asked: their images need not all be in memory."""
+        self._backend, self._questions = backend, questions
 
     def p_defect(self, folder: Path) -> NDArray[np.float64]:
         """Return P(defect) of each part with the adapter in ``folder``.
@@ -147,12 +137,37 @@ class AdapterProbe:
         """
         self._backend.swap_adapter(folder)
         found = []
-        for part in self.parts:
-            (answer,) = self._backend.judge([self._query(part)])
+        for question in self._questions:
+            query = question()
+            (answer,) = self._backend.judge([query])
             if isinstance(answer, Exception):
-                raise BadInput(f"a part of the probe set cannot be judged ({answer})", where=part.path)
+                raise BadInput(f"a part cannot be judged ({answer})", where=query.part_id)
             found.append(answer.p_defect)
         return np.array(found)
+
+    def p_of(self, state: State) -> NDArray[np.float64]:
+        """Return the same with an adapter that lies in memory."""
+        with TemporaryDirectory(prefix="saec-probe-") as scratch:
+            write_adapter(state, Path(scratch) / "adapter")
+            return self.p_defect(Path(scratch) / "adapter")
+
+
+class AdapterProbe(AdapterAnswers):
+    """The questions about labelled parts; called, it is a :data:`Probe`."""
+
+    def __init__(self, backend: Swaps, parts: Sequence[Part], settings: Settings, maps: Station | None) -> None:
+        """``maps`` makes the anomaly maps that the questions carry."""
+        super().__init__(backend, [partial(self._query, part) for part in parts])
+        self.parts, self._settings, self._maps = parts, settings, maps
+        self._heat: dict[str, Heatmap | None] = {}
+
+    def __call__(self, folder: Path) -> float:
+        """Return the accuracy of an adapter."""
+        return _share_right(self.p_defect(folder), self.parts, TAU)
+
+    def loss(self, state: State) -> float:
+        """Return the share of wrong answers with an adapter that lies in memory."""
+        return 1 - _share_right(self.p_of(state), self.parts, TAU)
 
     def _query(self, part: Part) -> Query:
         image = _image(part, self._settings)

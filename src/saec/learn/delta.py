@@ -38,7 +38,7 @@ _POSITIONS, _CODES, _SCALES = "sparse/positions", "sparse/codes", "sparse/scales
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
     """``header`` is JSON: ``ways`` (dense, rows or gone, by tensor), ``document`` (JSON files that changed or went),
-    ``sparse`` (entries, way of the positions, left_out), ``error``; ``arrays`` hold the rest."""
+    ``sparse`` (entries, way of the positions, gain, left_out, norm), ``error``; ``arrays`` hold the rest."""
 
     header: Mapping[str, Any]
     arrays: Tensors
@@ -107,6 +107,7 @@ def compress(
     keep: float | None = None,
     threshold: float = 0.0,
     bits: int = 8,
+    gain: float = 1.0,
     sensitivity: Tensors | None = None,
 ) -> Delta:
     """Return the change from ``base`` to ``new``.
@@ -118,6 +119,7 @@ def compress(
             changed are sent whole and exact.
         threshold: importance below which a change is left out as well.
         bits: of a sparse change, 2 to 8.
+        gain: what sparse changes are multiplied by, in place of those that are left out; see :mod:`saec.learn.gain`.
         sensitivity: importance is |change|, times these weights [same shape] where a tensor has some.
 
     Raises:
@@ -136,7 +138,7 @@ def compress(
     sparse = None
     if keep is not None:
         names = _sparse_names(base.tensors, ways)
-        entries, chosen = _chosen(base.tensors, new.tensors, names, keep, threshold, bits, sensitivity or {})
+        entries, chosen = _chosen(base.tensors, new.tensors, names, keep, threshold, bits, gain, sensitivity or {})
         arrays |= chosen
         sparse = entries
     delta = Delta({"ways": ways, "document": document, "sparse": sparse, "error": 0.0}, arrays)
@@ -146,21 +148,20 @@ def compress(
 def fit_keep(
     base: State,
     new: State,
+    make: Callable[[float], Delta],
     loss_of: Callable[[State], float],
     *,
-    bits: int,
     most: float,
     keeps: Iterable[float] = KEEPS,
-    sensitivity: Tensors | None = None,
 ) -> tuple[float, Delta]:
     """Return the smallest share whose decoded state loses at most ``most`` against ``new``, and the delta.
 
-    ``loss_of`` gives a state's loss, such as the share of wrong answers on the validation set. The last of ``keeps``
-    is taken where none is good enough.
+    ``make`` compresses to a share; ``loss_of`` gives a state's loss, such as the share of wrong answers on the
+    validation set. The last of ``keeps`` is taken where none is good enough.
     """
     limit = loss_of(new) + most
     for keep in keeps:
-        delta = compress(base, new, keep=keep, bits=bits, sensitivity=sensitivity)
+        delta = make(keep)
         if loss_of(delta.apply(base)) <= limit:
             break
     return keep, delta
@@ -215,6 +216,7 @@ def _chosen(
     keep: float,
     threshold: float,
     bits: int,
+    gain: float,
     sensitivity: Tensors,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return entries and way of the positions, and the arrays: the most important changes of all these tensors."""
@@ -228,21 +230,22 @@ def _chosen(
     importance[changes == 0] = 0
     wanted = min(int(np.ceil(keep * np.count_nonzero(changes))), int(np.count_nonzero(importance > threshold)))
     positions = np.sort(np.argsort(-importance, kind="stable")[:wanted])
-    coded = [quantised(changes[positions[at]], bits) for _, _, at in _by_tensor(base, names, positions)]
+    louder = changes * np.float32(gain)
+    coded = [quantised(louder[positions[at]], bits) for _, _, at in _by_tensor(base, names, positions)]
     way, places = packed(positions, len(changes))
     arrays: dict[str, NDArray[Any]] = {
         _POSITIONS: places,
         _CODES: zipped(np.concatenate([np.zeros(0, np.uint8), *(codes for codes, _ in coded)])),
         _SCALES: np.array([scale for _, scale in coded], dtype=np.float32).reshape(-1, 2),
     }
-    return {"entries": wanted, "way": way}, arrays
+    return {"entries": wanted, "way": way, "gain": gain}, arrays
 
 
 def _figures(delta: Delta, base: State, new: State) -> dict[str, Any]:
     """Return the header's figures, measured on the decoded state.
 
-    ``error`` is over all values that were sent. Of the sparse tensors, ``left_out`` is the largest change that was not,
-    and ``norm`` the share of the change's squared norm that arrives.
+    ``error`` is over all values that were sent, from what was meant: the change, times the gain. Of the sparse tensors,
+    ``left_out`` is the largest change that was not sent, and ``norm`` the share of the change's squared norm that was.
     """
     decoded = delta.apply(base)
     grown = (name for name, way in delta.header["ways"].items() if way == "rows")
@@ -250,20 +253,25 @@ def _figures(delta: Delta, base: State, new: State) -> dict[str, Any]:
     if delta.header["sparse"] is None:
         return {"error": error}
     names, positions = delta._entries(base.tensors)
+    gain = delta.header["sparse"]["gain"]
     left_out = wanted = missing = 0.0
     inside = {name: at for name, at, _ in _by_tensor(base.tensors, names, positions)}
     for name in names:
-        rest = _apart(decoded, new, name)
-        wanted += float(np.square(_apart(base, new, name)).sum())
-        missing += float(np.square(rest).sum())
-        if name in inside:
-            error = max(error, float(rest[inside[name]].max()))
-            rest[inside[name]] = 0
-        left_out = max(left_out, float(rest.max()))
+        change, sent = _change(base, new, name), _change(base, decoded, name)
+        at = inside.get(name, np.zeros(0, dtype=np.int64))
+        wanted += float(np.square(change).sum())
+        error = max(error, float(np.abs(sent - gain * change)[at].max(initial=0)))
+        change[at] = 0
+        missing += float(np.square(change).sum())
+        left_out = max(left_out, float(np.abs(change).max(initial=0)))
     norm = 1 - missing / wanted if wanted else 1.0
     return {"error": error, "sparse": {**delta.header["sparse"], "left_out": left_out, "norm": norm}}
 
 
 def _apart(one: State, other: State, name: str) -> NDArray[np.float64]:
-    difference = one.tensors[name].astype(np.float64) - other.tensors[name].astype(np.float64)
-    return np.asarray(np.abs(difference).ravel(), dtype=np.float64)
+    return np.abs(_change(one, other, name))
+
+
+def _change(one: State, other: State, name: str) -> NDArray[np.float64]:
+    difference = other.tensors[name].astype(np.float64) - one.tensors[name].astype(np.float64)
+    return np.asarray(difference.ravel(), dtype=np.float64)
