@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from saec.learn.line import Learnt
 
 
+ONE_SIDED = 15
+"""From so many samples on it is told when a model calls all of them the same: it may not know the kind of part."""
+
+
 def table(told: Mapping[str, Learnt]) -> Table:
     """Return one line for each round; one that was cut off before and ended now has its own."""
     rows = [
@@ -52,6 +56,12 @@ def outcome(product: str, learnt: Learnt) -> Iterator[str]:
         yield f"{product}: {counted(passed.left, 'part')} wait for the next round (learn.samples, learn.outbox_bytes)."
     if learnt.failures:
         yield f"{product}: {counted(learnt.failures, 'sample')} could not be judged; the first: {learnt.failure}."
+    models = [ruling.label for ruling in learnt.rulings if ruling.who == "model"]
+    if len(models) >= ONE_SIDED and len(set(models)) == 1:
+        yield (
+            f"{product}: the teacher called all {len(models)} samples {models[0]}, and the probe set is of its opinions "
+            "too. Is it right? People's word wins: pass --labels."
+        )
     yield f"{product}: {_end(learnt)}"
 
 
