@@ -59,7 +59,7 @@ def outcome(product: str, learnt: Learnt) -> Iterator[str]:
     models = [ruling.label for ruling in learnt.rulings if ruling.who == "model"]
     if len(models) >= ONE_SIDED and len(set(models)) == 1:
         yield (
-            f"{product}: the teacher called all {len(models)} samples {models[0]}, and the probe set is its opinion too. "
+            f"{product}: the teacher called all {len(models)} samples {models[0]}, and the probe set is its word too. "
             "Is it right? People's word wins: pass --labels."
         )
     yield f"{product}: {_end(learnt)}"
