@@ -279,3 +279,13 @@ def test_an_update_that_answers_as_it_should_is_not_amplified():
         return np.abs(tried.tensors["a"] - new.tensors["a"]).clip(0, 1).ravel()
 
     assert fit_gain(base, new, lambda gain: compress(base, new, keep=1.0, bits=8, gain=gain), p_of)[0] == 1.0
+
+
+def test_all_gains_are_tried_for_answers_may_get_worse_before_they_get_better():
+    base = State({"a": np.zeros((20, 100), np.float32)}, {})
+    new = State({"a": np.ones((20, 100), np.float32)}, {})
+
+    def p_of(tried: State) -> np.ndarray:
+        return np.interp([tried.tensors["a"].mean()], [0.5, 0.63, 0.75, 1.0], [0.6, 0.5, 0.4, 0.9])
+
+    assert fit_gain(base, new, lambda gain: compress(base, new, keep=0.5, bits=8, gain=gain), p_of)[0] == 2.0
