@@ -25,6 +25,7 @@ from saec.config import RouteSettings, Settings
 from saec.data.dataset import Dataset
 from saec.data.decode import read_with_hash
 from saec.data.manifest import write_atomic
+from saec.edge.hot import judge_of
 from saec.errors import BadInput
 from saec.scene import scene_complexity
 from saec.types import Box, CloudClient, EdgeResult, Evidence, Image, Label, Opinion, Query
@@ -241,7 +242,10 @@ def modules() -> dict[str, types.ModuleType]:
     found = {}
     for name, members in (
         ("saec.edge.station", {"Station": Station}),
-        ("saec.edge.hot", {"HotStation": lambda path, settings: Station.load(path, settings=settings)}),
+        (
+            "saec.edge.hot",
+            {"HotStation": lambda path, settings: Station.load(path, settings=settings), "judge_of": judge_of},
+        ),
         ("saec.edge.fit", {"fit_station": fit_station}),
         ("saec.cloud.expert", {"ExpertBackend": ExpertBackend, "fit_expert": fit_expert}),
     ):
