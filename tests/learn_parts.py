@@ -19,12 +19,12 @@ from saec.config import Settings
 from saec.data.decode import read_with_hash
 from saec.edge.fit import fit_station
 from saec.edge.station import Station
-from saec.fleet.frame import Frame, decode_frame
+from saec.fleet.frame import Frame, decode_frame, encode_frame, frame_id
 from saec.fleet.outbox import Outbox
 from saec.learn.desk import KINDS, FolderDesk
 from saec.learn.line import Line
-from saec.learn.samples import Sample
-from saec.learn.teacher import Teacher
+from saec.learn.samples import SAMPLE, Sample, encode_sample
+from saec.learn.teacher import HOME, Teacher
 from saec.types import CloudError, Evidence, Label, Opinion, Part, Query, Reason, Verdict, Where
 
 PRODUCT = "plate"
@@ -175,3 +175,30 @@ def line_of(root: Path, **changes: Any) -> Line:
     fitted().save(root / "station")
     settings = Settings.model_validate({"edge": {"threads": 1}, **changes})
     return Line(root / "station", PRODUCT, settings)
+
+
+def desk_of(tmp_path, count=8, *, judge=None, change=lambda sample: sample, background=None):
+    """A desk whose teacher has judged some samples; returns its folder and the verdicts by hash."""
+    station, desk = fitted(), tmp_path / "desk"
+    verdicts = judged(station, new_parts(tmp_path / "parts", count))
+    names = []
+    for verdict in verdicts:
+        data = encode_frame(encode_sample(change(sampler(station)(verdict, None)), SETTINGS.cloud))
+        names.append(frame_id(data))
+        file = desk / "frames" / names[-1][:2] / names[-1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+    def frame_of(name):
+        data = (desk / "frames" / name[:2] / name).read_bytes()
+        return decode_frame(data, kinds=(SAMPLE,), most=10**7)
+
+    request = {
+        "product": PRODUCT,
+        "frames": names,
+        "learn": SETTINGS.learn.model_dump(mode="json"),
+        "background": background,
+    }
+    asked = judge or (lambda queries: [knows(query) for query in queries])
+    Teacher(desk / HOME, SETTINGS)(request, frame_of, asked, lambda done, total: None)
+    return desk, {verdict.sha256: verdict for verdict in verdicts}

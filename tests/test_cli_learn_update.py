@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from cli_run import saec
 from edge_parts import SETTINGS, defects, good_parts
-from learn_parts import PRODUCT, fitted
+from learn_parts import PRODUCT, desk_of, fitted
 from learn_states import adapter, naming, taught
 from saec.edge.head import fit_edge_head
 from saec.edge.replay import Replay
@@ -265,6 +265,44 @@ def test_an_adapter_is_updated_by_its_most_important_changes(tmp_path):
     assert figures["bytes"] < figures["dense_bytes"]
     assert saec("learn", "apply", tmp_path / "u", "--adapter", root).code == 0
     assert len(adapter_state(current_folder(root)).tensors["replay/sha256"]) == 2
+
+
+class PullsTogether:
+    """A model whose answer is how far its adapter has gone the taught one's way."""
+
+    model_id = "pulled"
+
+    def __init__(self, old: State, new: State) -> None:
+        self._old, self._way, self._p = old, {n: v - old.tensors[n] for n, v in new.tensors.items() if "lora" in n}, 0.0
+
+    def swap_adapter(self, folder: Path | None) -> None:
+        assert folder is not None
+        now = adapter_state(folder).tensors
+        gone = sum(float(np.sum((now[n] - self._old.tensors[n]) * way)) for n, way in self._way.items())
+        self._p = min(1.0, 0.5 * gone / sum(float(np.sum(way * way)) for way in self._way.values()))
+
+    def judge(self, queries):
+        return [Opinion(self._p, Evidence(), "pulled") for _ in queries]
+
+
+def test_what_is_sent_is_amplified_until_the_adapter_answers_about_the_desks_parts_as_the_taught_one(
+    tmp_path, monkeypatch
+):
+    root = adapter(tmp_path / "adapter")
+    old = adapter_state(root)
+    write_adapter(taught(old), tmp_path / "new")
+    model = PullsTogether(old, adapter_state(tmp_path / "new"))
+    monkeypatch.setattr("saec.cli.learn_diff.mllm_backend", lambda settings: model)
+    desk, _ = desk_of(tmp_path)
+    few = ("learn", "diff", root, tmp_path / "new", "--set", "learn.keep=0.2")
+    plain, louder = saec(*few, "-o", tmp_path / "plain"), saec(*few, "--desk", desk, "-o", tmp_path / "louder")
+    assert "not amplified: pass --desk or --probe" in plain.out
+    assert "not amplified" not in louder.out
+    assert (tmp_path / "louder").stat().st_size < (tmp_path / "plain").stat().st_size + 200
+    assert saec("learn", "apply", tmp_path / "louder", "--adapter", root).code == 0
+    model.swap_adapter(current_folder(root))
+    assert model._p == pytest.approx(0.5, abs=0.15)
+    assert "no desk with opinions" in saec(*few, "--desk", tmp_path, "-o", tmp_path / "u").error()
 
 
 class Taught:

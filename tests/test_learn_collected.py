@@ -8,40 +8,14 @@ import numpy as np
 import pytest
 
 from edge_parts import SETTINGS
-from learn_parts import PRODUCT, fitted, judged, knows, new_parts, sampler
+from learn_parts import desk_of, knows
 from saec.config import LearnSettings
 from saec.errors import BadInput
-from saec.fleet.frame import decode_frame, encode_frame, frame_id
 from saec.learn.collected import collected
 from saec.learn.judged import LABELS
 from saec.learn.rulings import OPINIONS
-from saec.learn.samples import SAMPLE, encode_sample, for_probe
-from saec.learn.teacher import HOME, Teacher
-
-LEARN = LearnSettings()
-"""Sure enough is 0.7."""
-
-
-def desk_of(tmp_path, count=8, *, judge=None, change=lambda sample: sample, background=None):
-    """A desk whose teacher has judged some samples; returns its folder and the verdicts by hash."""
-    station, desk = fitted(), tmp_path / "desk"
-    verdicts = judged(station, new_parts(tmp_path / "parts", count))
-    names = []
-    for verdict in verdicts:
-        data = encode_frame(encode_sample(change(sampler(station)(verdict, None)), SETTINGS.cloud))
-        names.append(frame_id(data))
-        file = desk / "frames" / names[-1][:2] / names[-1]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-
-    def frame_of(name):
-        data = (desk / "frames" / name[:2] / name).read_bytes()
-        return decode_frame(data, kinds=(SAMPLE,), most=10**7)
-
-    request = {"product": PRODUCT, "frames": names, "learn": LEARN.model_dump(mode="json"), "background": background}
-    asked = judge or (lambda queries: [knows(query) for query in queries])
-    Teacher(desk / HOME, SETTINGS)(request, frame_of, asked, lambda done, total: None)
-    return desk, {verdict.sha256: verdict for verdict in verdicts}
+from saec.learn.samples import for_probe
+from saec.learn.teacher import HOME
 
 
 def teachable(verdicts):

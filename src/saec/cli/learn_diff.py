@@ -57,7 +57,7 @@ def diff(
     of its training run, else by size; pass --desk or --probe, so that they stand in for those that are left out. A
     station's grown bank goes in 8 bits, all else exact.
     """
-    from saec.cli.console import print_json, print_tables
+    from saec.cli.console import print_json, print_tables, say
     from saec.data.manifest import write_atomic
     from saec.evaluate.bench_update import delta_figures, figures_table
     from saec.fleet.slots import Slots
@@ -97,6 +97,8 @@ def diff(
     else:
         shown = {_SHOWN[key]: _figure(value) for key, value in figures.items() if key in _SHOWN}
         print_tables(figures_table(f"Update {version} of {target}", shown))
+        if target == ADAPTER and desk is None and probe is None:
+            say("Nobody has asked whether it answers as NEW does, and it is not amplified: pass --desk or --probe.")
 
 
 def _adapter_delta(
