@@ -6,7 +6,6 @@ refused or taken back come again with the next round, wherever its own parts com
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saec.cloud.desk import Name
 from saec.config import LearnSettings
-from saec.data.manifest import write_atomic
 from saec.edge.station import Station
 from saec.errors import BadInput, first_problem
+from saec.learn.journal import append_lines, open_lines
 from saec.learn.round import Round, Taken
 from saec.learn.rulings import Ruling
 from saec.learn.samples import for_probe
@@ -52,11 +51,8 @@ def add_past(home: Path, round_: Round, end: End) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    with (home / SAMPLES).open("a", encoding="utf-8") as stream:
-        for taken in round_.samples.values():
-            stream.write(Past(job=round_.job, end=end, taken=taken).model_dump_json() + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    ended = (Past(job=round_.job, end=end, taken=taken) for taken in round_.samples.values())
+    append_lines(home / SAMPLES, (past.model_dump_json() for past in ended))
 
 
 def past_samples(home: Path) -> list[Past]:
@@ -66,14 +62,8 @@ def past_samples(home: Path) -> list[Past]:
         BadInput: the file cannot be read.
     """
     file = home / SAMPLES
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(file, whole)
     try:
-        return [Past.model_validate_json(line) for line in whole.split("\n")[:-1]]
+        return [Past.model_validate_json(line) for line in open_lines(file)]
     except ValidationError as error:
         fix = "restore or remove the file"
         raise BadInput(f"not samples ({first_problem(error)})", where=file, fix=fix) from None

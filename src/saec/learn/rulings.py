@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from saec.cloud.desk import Name
-from saec.data.manifest import write_atomic
 from saec.errors import BadInput, first_problem
+from saec.learn.journal import append_lines, open_lines
 from saec.types import Label
 
 OPINIONS = "opinions.jsonl"
@@ -77,14 +76,8 @@ def open_rulings(file: Path) -> list[Ruling]:
     Raises:
         BadInput: the file cannot be read.
     """
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(file, whole)
     try:
-        tree = [json.loads(line) for line in whole.splitlines()]
+        tree = [json.loads(line) for line in open_lines(file)]
     except ValueError as error:
         raise BadInput(f"not opinions ({error})", where=file, fix=_FIX) from None
     return parse_rulings(tree, where=file)
@@ -96,10 +89,7 @@ def append_rulings(file: Path, rulings: Sequence[Ruling]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(asdict(each)) + "\n" for each in rulings)
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_lines(file, (json.dumps(asdict(each)) for each in rulings))
 
 
 def read_labels(file: Path) -> dict[str, Label]:
