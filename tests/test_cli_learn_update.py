@@ -334,3 +334,18 @@ def test_the_bench_holds_every_way_to_compress_against_the_dense_update(tmp_path
     assert (dense["same label"], dense["mean |ΔP|"]) == ("100.0%", 0.0)
     assert 0 == none["bytes"] < little["bytes"] < much["bytes"] < dense["bytes"]
     assert none["mean |ΔP|"] > much["mean |ΔP|"]
+
+
+def test_an_adapter_is_asked_about_the_same_parts_once(tmp_path):
+    old = adapter_state(adapter(tmp_path / "adapter"))
+    new = taught(old)
+    model = Taught(new)
+    asked = []
+    judge = model.judge
+    model.judge = lambda queries: asked.extend(queries) or judge(queries)
+    probe = AdapterProbe(model, good_parts(tmp_path, 3), SETTINGS, None)
+    first = probe.p_of(new)
+    assert np.array_equal(first, probe.p_of(new))
+    assert len(asked) == 3
+    assert not np.array_equal(first, probe.p_of(old))  # another one is asked
+    assert len(asked) == 6

@@ -128,6 +128,7 @@ class AdapterAnswers:
     def __init__(self, backend: Swaps, questions: Sequence[Callable[[], Query]]) -> None:
         """``questions`` are made when they are asked: their images need not all be in memory."""
         self._backend, self._questions = backend, questions
+        self._answered: dict[str, NDArray[np.float64]] = {}
 
     def p_defect(self, folder: Path) -> NDArray[np.float64]:
         """Return P(defect) of each part with the adapter in ``folder``.
@@ -146,10 +147,12 @@ class AdapterAnswers:
         return np.array(found)
 
     def p_of(self, state: State) -> NDArray[np.float64]:
-        """Return the same with an adapter that lies in memory."""
-        with TemporaryDirectory(prefix="saec-probe-") as scratch:
-            write_adapter(state, Path(scratch) / "adapter")
-            return self.p_defect(Path(scratch) / "adapter")
+        """Return the same with an adapter that lies in memory; the same one is not asked twice, which takes minutes."""
+        if state.sha256 not in self._answered:
+            with TemporaryDirectory(prefix="saec-probe-") as scratch:
+                write_adapter(state, Path(scratch) / "adapter")
+                self._answered[state.sha256] = self.p_defect(Path(scratch) / "adapter")
+        return self._answered[state.sha256]
 
 
 class AdapterProbe(AdapterAnswers):
