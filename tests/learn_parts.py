@@ -22,7 +22,7 @@ from saec.edge.station import Station
 from saec.fleet.frame import Frame, decode_frame, encode_frame, frame_id
 from saec.fleet.outbox import Outbox
 from saec.learn.desk import KINDS, FolderDesk
-from saec.learn.line import Line
+from saec.learn.line import Learnt, Line, learn
 from saec.learn.samples import SAMPLE, Sample, encode_sample
 from saec.learn.teacher import HOME, Teacher
 from saec.types import CloudError, Evidence, Label, Opinion, Part, Query, Reason, Verdict, Where
@@ -202,3 +202,14 @@ def desk_of(tmp_path, count=8, *, judge=None, change=lambda sample: sample, back
     asked = judge or (lambda queries: [knows(query) for query in queries])
     Teacher(desk / HOME, SETTINGS)(request, frame_of, asked, lambda done, total: None)
     return desk, {verdict.sha256: verdict for verdict in verdicts}
+
+
+def current(line: Line) -> Station:
+    """The station of a line, in the version that was fitted."""
+    return Station.load(line.station, settings=line.settings)
+
+
+def one_round(line: Line, client: Any, parts: Sequence[Part], **more: Any) -> Learnt:
+    """A round about parts that the router wanted the cloud for."""
+    station = current(line)
+    return learn(line, judged(station, parts), client, sampler(station), **more)

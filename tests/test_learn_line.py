@@ -10,8 +10,7 @@ import pytest
 
 import saec.learn.line
 from edge_parts import SETTINGS, defects, good_parts
-from learn_parts import DeskClient, accuracy, fitted, judged, line_of, new_parts, sampler
-from saec.edge.station import Station
+from learn_parts import DeskClient, accuracy, current, fitted, judged, line_of, new_parts, one_round, sampler
 from saec.errors import BadInput
 from saec.fleet.slots import Slots
 from saec.learn.line import learn
@@ -32,15 +31,6 @@ def client(tmp_path, line):
     client = DeskClient(tmp_path / "cloud", SETTINGS, station=line.station)
     yield client
     client.close()
-
-
-def current(line) -> Station:
-    return Station.load(line.station, settings=line.settings)
-
-
-def one_round(line, client, parts, **more):
-    station = current(line)
-    return learn(line, judged(station, parts), client, sampler(station), **more)
 
 
 def test_a_round_on_a_new_product_makes_the_edge_better_there(tmp_path, line, client):

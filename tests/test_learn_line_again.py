@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_parts import SETTINGS, defects, good_parts
-from learn_parts import DeskClient, judged, line_of, new_parts, sampler
+from learn_parts import DeskClient, current, judged, line_of, new_parts, one_round, sampler
 from saec.cloud.learning import JobFailed
 from saec.config import Settings
 from saec.edge.station import Station, station_files
@@ -35,15 +35,6 @@ def client(tmp_path, line):
     client = DeskClient(tmp_path / "cloud", SETTINGS, station=line.station)
     yield client
     client.close()
-
-
-def current(line) -> Station:
-    return Station.load(line.station, settings=line.settings)
-
-
-def one_round(line, client, parts, **more):
-    station = current(line)
-    return learn(line, judged(station, parts), client, sampler(station), **more)
 
 
 def with_settings(line, **sections):

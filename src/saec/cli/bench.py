@@ -325,8 +325,8 @@ def update(
             "not a list of shares or bits", where=f"{keep} {bits}", fix="such as 0.01,0.02 and 2,4"
         ) from None
     backend = mllm_backend(settings)
-    aside = parts[:: max(2, len(parts) // GAIN_PARTS)]
-    measured = [part for part in parts if part not in aside]
+    every = max(2, len(parts) // GAIN_PARTS)
+    aside, measured = parts[::every], [part for number, part in enumerate(parts) if number % every]
     if not measured:
         raise BadInput("too few parts", where=data, fix="pass at least 3 labelled ones")
     probe, answers = (AdapterProbe(backend, some, settings, maps) for some in (measured, aside))
